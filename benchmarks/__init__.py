@@ -1,0 +1,1 @@
+"""Programs that train, compare and time; nothing imports them."""

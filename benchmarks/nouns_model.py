@@ -1,0 +1,121 @@
+"""The small FLUX for Nouns: sizes, start, loss, sampler, exact evaluation.
+
+Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022; Esser et al. 2024,
+equation 4, and the timestep shift of its section 5.3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from benchmarks.nouns_pool import MAX_LEN, Pool
+from lowbit_jax.evaluation import nouns
+from lowbit_jax.models.flux import FluxConfig, FluxTransformer, image_ids, text_ids
+
+SHIFT = 3.0
+SAMPLE_STEPS = 20
+TEXT_WIDTH = 384
+
+
+def flux_config(hidden: int = 256, heads: int = 4, depth: int = 2, single: int = 4) -> FluxConfig:
+    """The small FLUX; axes_dim (16, 24, 24) at head dim 64, in that proportion at others."""
+    head = hidden // heads
+    side = 2 * (head * 3 // 16)
+    return FluxConfig(
+        in_channels=48,
+        vec_in_dim=TEXT_WIDTH,
+        context_in_dim=TEXT_WIDTH,
+        hidden_size=hidden,
+        mlp_ratio=4.0,
+        num_heads=heads,
+        depth=depth,
+        depth_single_blocks=single,
+        axes_dim=(head - 2 * side, side, side),
+        guidance_embed=False,
+    )
+
+
+def make_velocity(config: FluxConfig, dtype: Any) -> Callable[..., Float[Array, "b 64 48"]]:
+    """`velocity(params, x [b, 64, 48], t [b], txt [b, t, k], pooled [b, k])` of a model."""
+    model = FluxTransformer(config, dtype)
+
+    def velocity(params, x, t, txt, pooled):
+        ids = image_ids(8, 8), text_ids(txt.shape[1])
+        return model.apply({"params": params}, x, txt, t, pooled, *ids).astype(jnp.float32)
+
+    return velocity
+
+
+def init_params(config: FluxConfig, seed: int) -> dict[str, Any]:
+    """Random float32 parameters with adaLN-Zero (Peebles & Xie 2023, section 3.2): every gate and
+    the last projection start at zero, so each block starts as the identity."""
+    sizes = [(1, 64, 48), (1, MAX_LEN, TEXT_WIDTH), (1,), (1, TEXT_WIDTH)]
+    example = [jnp.zeros(size) for size in sizes]
+    init = jax.jit(FluxTransformer(config).init)
+    params = init(jax.random.key(seed), *example, image_ids(8, 8), text_ids(MAX_LEN))["params"]
+
+    def zero(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        is_zero = "mod" in name or "adaLN" in name or name.startswith("final_layer/linear")
+        return jnp.zeros_like(leaf) if is_zero else leaf
+
+    return jax.tree_util.tree_map_with_path(zero, params)
+
+
+def shift_time(u: Float[Array, "..."]) -> Float[Array, "..."]:
+    """FLUX's timestep shift: s u / (1 + (s - 1) u) with s = 3."""
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def flow_loss(velocity, params, key, images, txt, pooled) -> Float[Array, ""]:
+    """Mean squared error of the velocity. Times are stratified over the batch: less variance."""
+    x0 = nouns.to_latent(images.astype(jnp.float32) / 127.5 - 1)
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, x0.shape)
+    b = len(x0)
+    t = shift_time((jnp.arange(b) + jax.random.uniform(time_key, (b,))) / b)
+    at = t[:, None, None]
+    found = velocity(params, (1 - at) * x0 + at * noise, t, txt, pooled)
+    return jnp.mean(jnp.square(found - (noise - x0)))
+
+
+def make_sampler(velocity, steps: int = SAMPLE_STEPS):
+    """`sample(params, noise [b, 64, 48], txt, pooled)`: Euler steps over shifted times 1 to 0."""
+    times = shift_time(jnp.linspace(1.0, 0.0, steps + 1))
+
+    @jax.jit
+    def sample(params, noise, txt, pooled):
+        def step(x, span):
+            now, after = span
+            v = velocity(params, x, jnp.full(len(x), now), txt, pooled)
+            return x + (after - now) * v, None
+
+        return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+
+    return sample
+
+
+def to_pixels(tokens: Float[Array, "b 64 48"]) -> Float[np.ndarray, "b 32 32 3"]:
+    """Latent tokens to pictures in [0, 255]."""
+    return np.clip(np.asarray(nouns.from_latent(tokens)) * 127.5 + 127.5, 0, 255)
+
+
+def evaluate(sample, params, pool: Pool, n: int) -> tuple[dict[str, float], np.ndarray]:
+    """Accuracy of each attribute, their mean, and PSNR over the first `n` held-out captions.
+
+    The noise is always the same. Also returns the pictures [n, 32, 32, 3] in [0, 255].
+    """
+    n = min(n, len(pool.attrs))
+    batch = pool.take(slice(0, n))
+    noise = jax.random.normal(jax.random.key(1), (n, 64, 48))
+    pictures = to_pixels(sample(params, noise, batch["txt"], batch["pooled"]))
+    found = nouns.score(pool.sprites, pictures, pool.attrs[:n])
+    scores = {kind: float(right.mean()) for kind, right in found.items()}
+    scores["mean"] = float(np.mean(list(scores.values())))
+    return scores | {"psnr": float(nouns.psnr(pictures, batch["images"]).mean())}, pictures

@@ -1,0 +1,1 @@
+"""From published PyTorch files to Flax parameter pytrees."""

@@ -1,0 +1,1 @@
+"""Low-bit diffusion transformers in JAX: port, quantise, run."""

@@ -1,0 +1,1 @@
+"""Judging quantised models: exact tests, metrics, prompt suites, reports."""

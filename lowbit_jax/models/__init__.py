@@ -1,0 +1,1 @@
+"""Networks, one file each: a frozen config and a thin Flax Linen module."""

@@ -1,0 +1,1 @@
+"""Quantised tensors, quantisers, and the transforms that rewrite a parameter tree."""

@@ -1,0 +1,128 @@
+"""`QTensor`: a quantised matrix as a pytree node. Codes are packed, sizes come from shapes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int8, UInt8
+
+from pallas_kernels import packing
+
+LAYOUT_VERSION = 1  # of the byte layouts in pallas_kernels/packing.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one code is stored.
+
+    Attributes:
+        bits: bits a code takes in memory (int6 takes 6, not 8; a tail block of k is padded to 128).
+        offset: a stored (unsigned) code is the signed code plus this; 0 means stored signed.
+        low: smallest signed code.
+        high: largest signed code.
+    """
+
+    bits: int
+    offset: int
+    low: int
+    high: int
+
+
+FORMATS = {
+    "int8": Format(bits=8, offset=0, low=-128, high=127),
+    "int6": Format(bits=6, offset=32, low=-32, high=31),
+    "int4": Format(bits=4, offset=8, low=-8, high=7),
+    "ternary": Format(bits=2, offset=1, low=-1, high=1),
+}
+
+
+def _static(default=None):
+    return field(default=default, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QTensor:
+    """A quantised weight matrix, `w[n, k] ~ scale * (codes - zero)`; leading layer axes in the leaves only.
+
+    Stored (out, in) = (n, k), k contiguous, as PyTorch's files and integer tensor cores have it; the
+    kernel it replaces is (k, n).
+
+    Attributes:
+        codes: int8[..., n, k] (int8) or packed uint8[..., n, bytes], see `pallas_kernels.packing`.
+        scale: float32[..., n, g], or [..., 1, 1] for one scale per tensor.
+        zero: integer zero point, int8, shaped like `scale`; None for symmetric codes.
+        format: key of `FORMATS`.
+        shape: logical (n, k) of ONE layer.
+        group: inputs that share a scale; k itself for per-channel and per-tensor scales.
+        act_bits: bits of the activations this matrix is multiplied with, quantised per token when it
+            runs; None keeps them in floating point.
+        layout_version: version of the byte layout.
+    """
+
+    codes: Int8[Array, "... n k"] | UInt8[Array, "... n bytes"]
+    scale: Float32[Array, "... n g"]
+    zero: Int8[Array, "... n g"] | None = None
+    format: str = _static("int8")
+    shape: tuple[int, int] = _static((0, 0))
+    group: int = _static(0)
+    act_bits: int | None = _static()
+    layout_version: int = _static(LAYOUT_VERSION)
+
+    @property
+    def layers(self) -> int:
+        """Number of stacked layers (1 without leading axes)."""
+        return math.prod(self.codes.shape[:-2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: codes with padding, scales and zero points."""
+        return tree_bytes((self.codes, self.scale, self.zero))
+
+    def unpacked(self) -> Int8[Array, "... n k"]:
+        """The signed integer codes."""
+        return unpack_codes(self.codes, self.format, self.shape[1])
+
+    def dequantize(self, dtype=jnp.float32) -> Float[Array, "... n k"]:
+        """The matrix this stands for, (n, k), computed in float32 and cast to `dtype`."""
+        n, k = self.shape
+        codes = self.unpacked().astype(jnp.float32)
+        if self.zero is not None:
+            codes = codes - spread(self.zero.astype(jnp.float32), self.group, k)
+        return (codes * spread(self.scale, self.group, k)).astype(dtype)
+
+
+def pack_codes(codes: Int8[Array, "... n k"], format: str) -> Array:
+    """Signed codes to the storage of `format`; the padding of a tail block stands for zero."""
+    spec = FORMATS[format]
+    if not spec.offset:
+        return codes
+    return packing.pack((codes + spec.offset).astype(jnp.uint8), spec.bits, pad=spec.offset)
+
+
+def unpack_codes(stored: Array, format: str, k: int) -> Int8[Array, "... n k"]:
+    """Inverse of `pack_codes`."""
+    spec = FORMATS[format]
+    if not spec.offset:
+        return stored
+    return packing.unpack(stored, spec.bits, k).astype(jnp.int8) - jnp.int8(spec.offset)
+
+
+def spread(values: Array, group: int, k: int) -> Array:
+    """One value per group, (..., g), to one per input, (..., k); a single group stays (..., 1)."""
+    if values.shape[-1] == 1:
+        return values
+    return jnp.repeat(values, group, axis=-1)[..., :k]
+
+
+def tree_bytes(tree) -> int:
+    """Bytes of all leaves (arrays or shapes) of a tree, by shape; every dtype used here is byte-wide."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def is_qtensor(value) -> bool:
+    """Whether a tree node is a `QTensor` (the `is_leaf` of most tree maps here)."""
+    return isinstance(value, QTensor)

@@ -1,0 +1,213 @@
+"""Recipes: which kernel is quantised how, as data that round-trips through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbit_jax.quant.qtensor import FORMATS
+
+INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
+TERNARY_QUANTIZERS = ("absmean", "twn", "least_squares")
+
+
+class RecipeError(ValueError):
+    """A recipe that is malformed, or that does not fit the model it is used on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """How a weight matrix is quantised.
+
+    Attributes:
+        format: key of `lowbit_jax.quant.qtensor.FORMATS`.
+        quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax (asymmetric)
+            or mse for integers; absmean, twn or least_squares for ternary.
+        granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
+    """
+
+    format: str
+    quantizer: str
+    granularity: str | int = "channel"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise RecipeError(f"format '{self.format}' is none of {', '.join(FORMATS)}")
+        known = TERNARY_QUANTIZERS if self.format == "ternary" else INTEGER_QUANTIZERS
+        if self.quantizer not in known:
+            raise RecipeError(
+                f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
+            )
+        if isinstance(self.granularity, bool) or not (
+            self.granularity in ("channel", "tensor")
+            or (isinstance(self.granularity, int) and self.granularity > 0)
+        ):
+            raise RecipeError(
+                f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a positive group size"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What to do with the kernels whose layer path matches.
+
+    Attributes:
+        match: regular expression for the whole layer path, such as "double_blocks/3/img_attn/qkv".
+        weights: how to quantise; None keeps the kernel in floating point.
+        act_bits: bits of the per-token activations (2..8); None leaves them in floating point.
+    """
+
+    match: str
+    weights: WeightSpec | None
+    act_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise RecipeError(f"rule '{self.match}' is not a regular expression: {error}") from None
+        if self.act_bits is not None and self.weights is None:
+            raise RecipeError(
+                f"rule '{self.match}': act_bits {self.act_bits} needs quantised weights"
+            )
+        if self.act_bits is not None and not (
+            type(self.act_bits) is int and 2 <= self.act_bits <= 8
+        ):
+            raise RecipeError(f"rule '{self.match}': act_bits {self.act_bits!r} outside 2..8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An ordered list of rules: the first that matches a kernel's layer decides; no match keeps it.
+
+    Attributes:
+        name: what tables and manifests call it.
+        rules: in order of precedence. A rule that decides nothing is an error where it is used.
+        on_nonfinite: "error" stops on a NaN or inf weight, naming it; "keep" leaves that matrix in
+            floating point.
+        description: one line for people.
+    """
+
+    name: str
+    rules: tuple[Rule, ...] = ()
+    on_nonfinite: str = "error"
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("error", "keep"):
+            raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
+
+    def rule_for(self, layer: str) -> int | None:
+        """Index of the rule that decides for a layer path; None when the kernel stays as it is."""
+        for index, rule in enumerate(self.rules):
+            if re.fullmatch(rule.match, layer):
+                return index
+        return None
+
+    def assign(self, layers: list[str]) -> dict[str, int | None]:
+        """The deciding rule of each layer path.
+
+        Raises:
+            RecipeError: some rules decide nothing; names all of them and the closest thing there is.
+        """
+        chosen = {layer: self.rule_for(layer) for layer in layers}
+        idle = [rule.match for i, rule in enumerate(self.rules) if i not in set(chosen.values())]
+        if idle:
+            example = f"; layers look like '{layers[len(layers) // 2]}'" if layers else ""
+            raise RecipeError(
+                f"recipe '{self.name}': no kernel is decided by rule(s) {', '.join(map(repr, idle))}{example}"
+            )
+        return chosen
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict; `Recipe.from_json` is the inverse."""
+        return dataclasses.asdict(self) | {
+            "rules": [dataclasses.asdict(rule) for rule in self.rules]
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Recipe:
+        """Build a recipe from parsed JSON; unknown or missing fields raise `RecipeError`."""
+        rules = []
+        for number, item in enumerate(data.get("rules", []) if isinstance(data, dict) else []):
+            item = _fields(Rule, item, f"rule {number}")
+            if item.get("weights") is not None:
+                spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
+                item["weights"] = WeightSpec(**spec)
+            rules.append(Rule(**item))
+        return Recipe(**(_fields(Recipe, data, "recipe") | {"rules": tuple(rules)}))
+
+
+def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: expected an object, found {type(data).__name__}")
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    missing = sorted(
+        name
+        for name, field in known.items()
+        if field.default is dataclasses.MISSING and name not in data
+    )
+    if unknown or missing:
+        raise RecipeError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+    return dict(data)
+
+
+BLOCK_LINEARS = r"[a-z_]*blocks/\d+/.*"  # every linear inside a transformer block, modulation too
+
+
+def _blocks(
+    name: str, description: str, weights: WeightSpec, act_bits: int | None = None
+) -> Recipe:
+    rule = Rule(match=BLOCK_LINEARS, weights=weights, act_bits=act_bits)
+    return Recipe(name=name, rules=(rule,), description=description)
+
+
+_INT8 = WeightSpec(format="int8", quantizer="absmax")
+_INT4 = WeightSpec(format="int4", quantizer="mse")
+_INT4_GROUPS = WeightSpec(format="int4", quantizer="minmax", granularity=128)
+_TERNARY = WeightSpec(format="ternary", quantizer="least_squares")
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(name="float", description="port only: every kernel stays as it is"),
+        _blocks("w8a8", "int8 weights per channel, int8 activations per token", _INT8, 8),
+        _blocks(
+            "w4a8", "int4 weights per channel (MSE clip), int8 activations per token", _INT4, 8
+        ),
+        _blocks("w8a16", "int8 weights per channel, float activations", _INT8),
+        _blocks(
+            "w4a16", "int4 weights in groups of 128 (min-max), float activations", _INT4_GROUPS
+        ),
+        _blocks("flux-1.58bit", "ternary weights per channel (exact least squares)", _TERNARY),
+        _blocks("flux-1.58bit-a8", "ternary weights, int8 activations per token", _TERNARY, 8),
+    )
+}
+
+
+def load_recipe(name_or_path: str | os.PathLike[str]) -> Recipe:
+    """A named recipe, or one from a JSON file.
+
+    Raises:
+        RecipeError: neither a known name nor a readable JSON recipe.
+    """
+    name = os.fspath(name_or_path)
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise RecipeError(f"recipe '{name}' is neither a file nor one of: {', '.join(RECIPES)}")
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe file {name} is not JSON: {error}") from None
+    try:
+        return Recipe.from_json(data)
+    except RecipeError as error:
+        raise RecipeError(f"recipe file {name}: {error}") from None

@@ -1,0 +1,1 @@
+"""Samplers: pure functions over a denoiser, one file each."""

@@ -1,0 +1,1 @@
+"""Ground floor: byte layouts, reference operations and kernels; knows jax and numpy only."""

@@ -1,0 +1,38 @@
+"""What every test runs under: the CPU, a compilation cache shared by all runs, one torch thread."""
+
+import os
+
+# Before anything imports jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import pytest
+from hypothesis import settings
+
+CACHE_BYTES = 1 << 30  # a bound makes jax lock the cache, which the test processes share
+
+settings.register_profile("lowbit", deadline=None)  # the first example compiles
+settings.load_profile("lowbit")
+
+try:
+    import torch
+except ImportError:
+    pass
+else:
+    torch.set_num_threads(1)  # the test processes already share the cores
+
+
+def pytest_configure(config):
+    cache = getattr(config, "cache", None)  # None under -p no:cacheprovider
+    if cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device (set JAX_PLATFORMS=cuda)"))

@@ -1,0 +1,1 @@
+"""Independent implementations, in PyTorch or plain NumPy, that the library is compared with."""

@@ -22,6 +22,7 @@ from lowbit_jax.models.layers import (
     RMSNorm,
     apply_rotary,
     attention,
+    gelu_tanh,
     modulate,
     rotary_angles,
     timestep_embedding,
@@ -151,7 +152,7 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """Apply to every token."""
         hidden = Linear(self.config.mlp_size, dtype=self.dtype, name="in_layer")(x)
-        hidden = nn.gelu(hidden, approximate=True)
+        hidden = gelu_tanh(hidden)
         return Linear(self.config.hidden_size, dtype=self.dtype, name="out_layer")(hidden)
 
 
@@ -200,7 +201,7 @@ class SingleBlock(nn.Module):
         q, k, v = split_heads(qkv, self.config.num_heads)
         q, k = QKNorm(self.dtype, name="norm")(q, k)
         merged = jnp.concatenate(
-            [rotary_attention(q, k, v, angles), nn.gelu(hidden, approximate=True)], axis=-1
+            [rotary_attention(q, k, v, angles), gelu_tanh(hidden)], axis=-1
         )
         return (x + gate[:, None] * Linear(width, dtype=self.dtype, name="linear2")(merged),)
 

@@ -90,7 +90,7 @@ def absmean(w: Float[Array, "n k"], *, group=None, per_tensor=False, refit=False
     """
     seg = cut(w, group, per_tensor)
     mags = jnp.abs(seg.values)
-    mean = _sum(mags) / seg.count
+    mean = _sum(mags) / seg.entries
     keep = mags / mean > 0.5  # one half rounds to even, which is 0
     return _encode_ternary(seg, keep, _mean_over(mags, keep) if refit else mean)
 
@@ -98,11 +98,11 @@ def absmean(w: Float[Array, "n k"], *, group=None, per_tensor=False, refit=False
 def twn(w: Float[Array, "n k"], *, group=None, per_tensor=False, factor=0.7) -> Codes:
     """Ternary weight networks: codes = sign(w) where |w| > factor * mean|w|, scale = mean|w| there.
 
-    Source: Li et al. 2016, "Ternary Weight Networks", eq. 6.
+    Source: Li et al. 2016, "Ternary Weight Networks" (the threshold for normal weights).
     """
     seg = cut(w, group, per_tensor)
     mags = jnp.abs(seg.values)
-    keep = mags > factor * _sum(mags) / seg.count
+    keep = mags > factor * _sum(mags) / seg.entries
     return _encode_ternary(seg, keep, _mean_over(mags, keep))
 
 
@@ -146,7 +146,7 @@ def least_squares_fixed_point(
     """
     seg = cut(w, group, per_tensor)
     mags = jnp.abs(seg.values)
-    return _encode_threshold(seg, mags, _iterate(mags, 0.7 * _sum(mags) / seg.count, iterations))
+    return _encode_threshold(seg, mags, _iterate(mags, 0.7 * _sum(mags) / seg.entries, iterations))
 
 
 def _sum(x: Array) -> Array:

@@ -16,20 +16,20 @@ class Segments(NamedTuple):
     """w (n, k) as r rows of g segments of s entries: r = n, or r = g = 1 for one per tensor.
 
     A row's last segment is padded with zeros. They change no sum of magnitudes, squares or
-    products and no extremum of a range around 0; for means, divide by `count`. Segments are
+    products and no extremum of a range around 0; for means, divide by `entries`. Segments are
     multiplied by a power of two, which changes no rounding and keeps squares and sums of very
     large and very small weights inside float32.
 
     Attributes:
         values: segments with max|.| in [2, 4); ones in segments without a usable scale.
-        count: entries of each segment without the padding (from shapes alone).
+        entries: numbers in each segment without the padding (from shapes alone).
         amax: largest magnitude of each segment of w.
         power: powers of two, w = values * power.
         shape: (n, k).
     """
 
     values: Float32[Array, "r g s"]
-    count: Float32[np.ndarray, "g 1"]
+    entries: Float32[np.ndarray, "g 1"]
     amax: Float32[Array, "r g 1"]
     power: Float32[Array, "r g 1"]
     shape: tuple[int, int]
@@ -72,11 +72,17 @@ def cut(w: Float[Array, "n k"], group: int | None, per_tensor: bool) -> Segments
     parts = -(-row // size)
     rows = w.astype(jnp.float32).reshape(-1, row)
     values = jnp.pad(rows, ((0, 0), (0, parts * size - row))).reshape(-1, parts, size)
-    amax = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    count = np.minimum(size, row - size * np.arange(parts, dtype=np.float32))[:, None]
-    seg = Segments(values, count, amax, _power_below(amax), (n, k))
+    amax = _largest(values)
+    entries = np.minimum(size, row - size * np.arange(parts, dtype=np.float32))[:, None]
+    seg = Segments(values, entries, amax, _power_below(amax), (n, k))
     power = jnp.where(seg.usable, seg.power, 1.0)
     return seg._replace(values=jnp.where(seg.usable, values * (1 / power), 1.0), power=power)
+
+
+def _largest(values: Array) -> Array:
+    """max|.| of each segment, NaN if it holds one: XLA's own maximum drops it in long CPU rows."""
+    amax = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.where(jnp.any(jnp.isnan(values), axis=-1, keepdims=True), jnp.nan, amax)
 
 
 def _power_below(amax: Array) -> Array:

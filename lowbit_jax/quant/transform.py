@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,7 @@ class NonFiniteError(ValueError):
     """Weights with NaN or inf; the message names the parameters."""
 
 
-def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
+def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[str, Any]:
     """Replace kernels by `QTensor`s as a recipe says; everything else is kept as it is.
 
     Pure: works under `jit`, `vmap` and `jax.eval_shape` (a plan that costs no memory). Stacked layers
@@ -38,6 +39,7 @@ def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
         recipe: what to do.
+        keep: layer paths whose kernels stay in floating point whatever the recipe says.
 
     Raises:
         RecipeError: a rule that decides nothing.
@@ -47,7 +49,7 @@ def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
     """
     chosen: dict[str, int | None] = dict(recipe.assign(layer_paths(params)))
     _check_unquantized(params, chosen)
-    for layer in _nonfinite_layers(params, chosen, recipe):
+    for layer in (*keep, *_nonfinite_layers(params, chosen, recipe)):
         chosen[layer] = None
 
     def treat(path: tuple[str, ...], kernel):

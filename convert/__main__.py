@@ -1,0 +1,121 @@
+"""`convert_and_quantize CHECKPOINT --recipe NAME --out DIR`: published weights in, quantised Flax out."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert.checkpoint_files import Checkpoint, open_checkpoint
+from convert.job import Job, manifest, plan, run
+from lowbit_jax.checkpoint import Writer, check_output
+from lowbit_jax.quant.recipe import RECIPES, load_recipe
+from lowbit_jax.quant.report import SizeReport, size_table
+
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Port a PyTorch checkpoint to Flax, quantise it and save it; reads one tensor at a time."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A .safetensors file, a .safetensors.index.json, or a diffusers folder."""
+    recipe: Annotated[str, tyro.conf.arg(help=f"{', '.join(RECIPES)}, or a JSON file.")]
+    out: Path | None = None
+    """Folder to write; needed unless --dry-run."""
+    model: str = "auto"
+    """Network; auto recognises it by its tensors."""
+    dtype: Literal["bf16", "f32"] = "bf16"
+    """Of parameters that stay in floating point."""
+    dry_run: bool = False
+    """Check the checkpoint's names and shapes and show the plan; read no weights."""
+    overwrite: bool = False
+    """Replace an output folder that holds an earlier conversion."""
+    archive: bool = False
+    """Store ternary codes five to the byte (1.6 bits); they are unpacked to 2 bits on load."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    arguments = tyro.cli(Arguments, args=argv, prog="convert_and_quantize")
+    try:
+        convert_and_quantize(arguments, Console())
+    except (ValueError, OSError) as error:
+        print(f"convert_and_quantize: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_and_quantize: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def convert_and_quantize(arguments: Arguments, console: Console) -> None:
+    """Plan, show the plan, convert with a progress bar, show what came out.
+
+    Raises:
+        ValueError: bad checkpoint, recipe or arguments. OSError: output that cannot be written.
+    """
+    if arguments.out is None and not arguments.dry_run:
+        raise ValueError("give --out DIR, or --dry-run for the plan alone")
+    recipe = load_recipe(arguments.recipe)
+    if arguments.out is not None:
+        check_output(arguments.out, arguments.overwrite)
+    with open_checkpoint(arguments.checkpoint) as checkpoint:
+        job = plan(checkpoint, recipe, model=arguments.model, dtype=DTYPES[arguments.dtype])
+        sizes = job.sizes(arguments.archive)
+        show_plan(job, sizes, console)
+        if not arguments.dry_run:
+            _convert(job, arguments, sizes, console)
+
+
+def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
+    """What will be done, before anything is."""
+    files = f"{len(job.checkpoint.files)} file(s), {job.checkpoint.total_bytes / 1e6:,.1f} MB"
+    console.print(f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {files}")
+    console.print(size_table(sizes, f"plan: recipe '{job.recipe.name}'"))
+    console.print(
+        f"{sizes.bits_per_weight:.3f} bits per weight over everything stored; "
+        f"{sizes.disk / 1e6:,.1f} MB to write; about {job.peak_bytes() / 1e6:,.0f} MB of memory needed"
+    )
+
+
+def _convert(job: Job, arguments: Arguments, sizes: SizeReport, console: Console) -> None:
+    assert arguments.out is not None
+    start = time.perf_counter()
+    with Writer(arguments.out, overwrite=arguments.overwrite, archive=arguments.archive) as writer:
+        with _progress(console) as bars:
+            task = bars.add_task("convert", total=job.checkpoint.total_bytes)
+            run(job, writer.write, lambda name, n: bars.update(task, advance=n, description=name))
+        seconds = time.perf_counter() - start
+        with _progress(console) as bars:
+            digests = _digest(job.checkpoint, bars)
+        writer.finish(manifest(job, digests))
+    written = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    source = job.checkpoint.total_bytes
+    console.print(
+        f"{arguments.out}: {source / 1e6:,.1f} MB -> {sizes.after / 1e6:,.1f} MB in memory "
+        f"({sizes.ratio:.2f}x), {written / 1e6:,.1f} MB on disk ({source / max(written, 1):.2f}x); "
+        f"{seconds:.1f} s, {source / seconds / 1e6:,.0f} MB/s"
+    )
+
+
+def _digest(checkpoint: Checkpoint, bars: Progress) -> dict[str, str]:
+    task = bars.add_task("digest of the source")
+    return checkpoint.digests(lambda done, total: bars.update(task, completed=done, total=total))
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

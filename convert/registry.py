@@ -1,0 +1,58 @@
+"""Which checkpoints can be converted: one entry per network, found by its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from convert import flux
+from convert.checkpoint_files import Checkpoint
+from convert.errors import CheckpointError
+from convert.table import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How one network's checkpoints are read.
+
+    Attributes:
+        layouts: the namings that are understood.
+        read_config: the model's config from a checkpoint in a layout.
+        to_json: the `config.json` of the export layout.
+        export_layout: the naming that exports use.
+    """
+
+    layouts: tuple[Layout, ...]
+    read_config: Callable[[Checkpoint, Layout], Any]
+    to_json: Callable[[Any], dict[str, Any]]
+    export_layout: Layout
+
+
+SOURCES = {
+    "flux": Source(
+        layouts=flux.LAYOUTS,
+        read_config=flux.read_config,
+        to_json=flux.to_diffusers_config,
+        export_layout=flux.DIFFUSERS,
+    ),
+}
+
+
+def recognise(checkpoint: Checkpoint, model: str = "auto") -> tuple[str, Layout]:
+    """Name and layout of the network a checkpoint holds.
+
+    Raises:
+        CheckpointError: none that is known, or not the one asked for.
+        ValueError: an unknown `model`.
+    """
+    if model != "auto" and model not in SOURCES:
+        raise ValueError(f"--model {model} is neither 'auto' nor one of: {', '.join(SOURCES)}")
+    names = set(checkpoint.names)
+    for name in SOURCES if model == "auto" else (model,):
+        for layout in SOURCES[name].layouts:
+            if layout.marker in names:
+                return name, layout
+    wanted = f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(SOURCES)})"
+    example = f"its tensors look like '{checkpoint.names[0]}'" if checkpoint.names else "it is empty"
+    raise CheckpointError(checkpoint.source, f"not {wanted}: {example}")

@@ -1,0 +1,48 @@
+"""Networks by name: what a saved model needs to be built again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lowbit_jax.models import flux
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One network.
+
+    Attributes:
+        config: its config class.
+        module: builds the Flax module: `module(config, dtype)`.
+        abstract_params: `(config, dtype) -> tree of jax.ShapeDtypeStruct`.
+    """
+
+    config: type
+    module: Callable[..., nn.Module]
+    abstract_params: Callable[..., Any]
+
+
+NETWORKS = {
+    "flux": Network(
+        config=flux.FluxConfig, module=flux.FluxTransformer, abstract_params=flux.abstract_params
+    ),
+}
+
+
+def build(name: str, config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """The module of a saved model, from the `model` and `config` of its manifest.
+
+    Raises:
+        ValueError: an unknown network.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"model '{name}' is none of: {', '.join(NETWORKS)}")
+    network = NETWORKS[name]
+    # JSON has no tuples
+    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+    return network.module(network.config(**fields), dtype)

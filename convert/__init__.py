@@ -1,1 +1,1 @@
-"""From published PyTorch files to Flax parameter pytrees."""
+"""PyTorch checkpoints to Flax parameter trees: readers, name tables, `port`, `convert_and_quantize`."""

@@ -1,4 +1,4 @@
-"""`convert_and_quantize CHECKPOINT --recipe NAME --out DIR`: published weights in, quantised Flax out."""
+"""`convert_and_quantize CHECKPOINT --recipe NAME --out DIR`: published weights, quantised Flax."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.job import Job, manifest, plan, run
-from lowbit_jax.checkpoint import Writer, check_output
+from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
 from lowbit_jax.quant.recipe import RECIPES, load_recipe
-from lowbit_jax.quant.report import SizeReport, size_table
+from lowbit_jax.quant.report import SizeReport, size_report, size_table
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
     arguments = tyro.cli(Arguments, args=argv, prog="convert_and_quantize")
     try:
-        convert_and_quantize(arguments, Console())
+        convert_and_quantize(arguments, Console(markup=False))
     except (ValueError, OSError) as error:
         print(f"convert_and_quantize: {error}", file=sys.stderr)
         return 2
@@ -73,37 +73,48 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
         if not arguments.dry_run:
-            _convert(job, arguments, sizes, console)
+            _convert(job, arguments, console)
 
 
 def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
     """What will be done, before anything is."""
     files = f"{len(job.checkpoint.files)} file(s), {job.checkpoint.total_bytes / 1e6:,.1f} MB"
-    console.print(f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {files}")
+    console.print(
+        f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {files}", soft_wrap=True
+    )
     console.print(size_table(sizes, f"plan: recipe '{job.recipe.name}'"))
     console.print(
         f"{sizes.bits_per_weight:.3f} bits per weight over everything stored; "
-        f"{sizes.disk / 1e6:,.1f} MB to write; about {job.peak_bytes() / 1e6:,.0f} MB of memory needed"
+        f"{sizes.disk / 1e6:,.1f} MB to write; "
+        f"about {job.peak_bytes() / 1e6:,.0f} MB of memory needed",
+        soft_wrap=True,
     )
 
 
-def _convert(job: Job, arguments: Arguments, sizes: SizeReport, console: Console) -> None:
+def _convert(job: Job, arguments: Arguments, console: Console) -> None:
     assert arguments.out is not None
     start = time.perf_counter()
     with Writer(arguments.out, overwrite=arguments.overwrite, archive=arguments.archive) as writer:
         with _progress(console) as bars:
             task = bars.add_task("convert", total=job.checkpoint.total_bytes)
-            run(job, writer.write, lambda name, n: bars.update(task, advance=n, description=name))
+            kept = run(
+                job, writer.write, lambda name, n: bars.update(task, advance=n, description=name)
+            )
         seconds = time.perf_counter() - start
         with _progress(console) as bars:
             digests = _digest(job.checkpoint, bars)
         writer.finish(manifest(job, digests))
+    if kept:
+        names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+        console.print(f"NaN or inf kept, in floating point: {names}", soft_wrap=True)
+    after = size_report(abstract_parts({"parts": writer.parts})).after
     written = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
     source = job.checkpoint.total_bytes
     console.print(
-        f"{arguments.out}: {source / 1e6:,.1f} MB -> {sizes.after / 1e6:,.1f} MB in memory "
-        f"({sizes.ratio:.2f}x), {written / 1e6:,.1f} MB on disk ({source / max(written, 1):.2f}x); "
-        f"{seconds:.1f} s, {source / seconds / 1e6:,.0f} MB/s"
+        f"{arguments.out}: {source / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB in memory "
+        f"({source / after:.2f}x), {written / 1e6:,.1f} MB on disk ({source / written:.2f}x); "
+        f"{seconds:.1f} s, {source / seconds / 1e6:,.0f} MB/s",
+        soft_wrap=True,
     )
 
 
@@ -113,8 +124,14 @@ def _digest(checkpoint: Checkpoint, bars: Progress) -> dict[str, str]:
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    # a file or a pipe would get nothing but empty lines
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,14 @@ def export_diffusers(
     document = json.dumps(source.to_json(config), indent=2) + "\n"
     tensors = source_tensors(params, model, config, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    write_sharded(folder, tensors, max_shard_bytes)
+    write_sharded(folder, tensors, max_shard_bytes, metadata={"format": "pt"})
     (folder / "config.json").write_text(document)
     return folder
 
 
-def source_tensors(params: Mapping[str, Any], model: str, config: Any, dtype: Any) -> dict[str, np.ndarray]:
+def source_tensors(
+    params: Mapping[str, Any], model: str, config: Any, dtype: Any
+) -> dict[str, np.ndarray]:
     """All tensors of the export layout, by name, in the source's orientation."""
     source, network = SOURCES[model], NETWORKS[model]
     abstract = iter_parts(network.abstract_params(config))

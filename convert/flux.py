@@ -7,6 +7,7 @@ from typing import Any
 
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
+from convert.safetensors_header import quote
 from convert.table import Layout, Row
 from lowbit_jax.models.flux import FluxConfig
 
@@ -54,8 +55,16 @@ BFL = Layout(
                 _row(f"{_D}{s}_mod/lin", f"{_BD}{s}_mod.lin"),
                 _row(f"{_D}{s}_attn/qkv", f"{_BD}{s}_attn.qkv"),
                 _row(f"{_D}{s}_attn/proj", f"{_BD}{s}_attn.proj"),
-                _row(f"{_D}{s}_attn/norm/query_norm/scale", f"{_BD}{s}_attn.norm.query_norm.scale", vector=True),
-                _row(f"{_D}{s}_attn/norm/key_norm/scale", f"{_BD}{s}_attn.norm.key_norm.scale", vector=True),
+                _row(
+                    f"{_D}{s}_attn/norm/query_norm/scale",
+                    f"{_BD}{s}_attn.norm.query_norm.scale",
+                    vector=True,
+                ),
+                _row(
+                    f"{_D}{s}_attn/norm/key_norm/scale",
+                    f"{_BD}{s}_attn.norm.key_norm.scale",
+                    vector=True,
+                ),
                 _row(f"{_D}{s}_mlp/in_layer", f"{_BD}{s}_mlp.0"),
                 _row(f"{_D}{s}_mlp/out_layer", f"{_BD}{s}_mlp.2"),
             )
@@ -127,7 +136,7 @@ def read_config(checkpoint: Checkpoint, layout: Layout) -> FluxConfig:
         if config is not None and "num_single_layers" in config:
             return from_diffusers_config(config)
         return _config_from_shapes(checkpoint, layout)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, CheckpointError):
             raise
         reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -140,23 +149,30 @@ def from_diffusers_config(config: dict[str, Any]) -> FluxConfig:
     Raises:
         ValueError: a setting this port does not have.
     """
-    channels, out = config["in_channels"], config.get("out_channels")
+
+    def size(field: str, least: int = 1) -> int:
+        value = config[field]
+        if type(value) is not int or not least <= value < 10**5:
+            raise ValueError(f"{field} is {quote(value)}, not an integer from {least}")
+        return value
+
+    channels, out = size("in_channels"), config.get("out_channels")
     if config.get("patch_size", 1) != 1 or out not in (None, channels):
         raise ValueError(
             f"patch_size {config.get('patch_size')} and out_channels {out} are not supported; "
             f"FLUX.1 has 1 and {channels} (Fill, Canny and Depth variants are not ported)"
         )
-    heads, dim = config["num_attention_heads"], config["attention_head_dim"]
+    heads, dim = size("num_attention_heads"), size("attention_head_dim")
     return FluxConfig(
         in_channels=channels,
-        vec_in_dim=config["pooled_projection_dim"],
-        context_in_dim=config["joint_attention_dim"],
+        vec_in_dim=size("pooled_projection_dim"),
+        context_in_dim=size("joint_attention_dim"),
         hidden_size=heads * dim,
         num_heads=heads,
-        depth=config["num_layers"],
-        depth_single_blocks=config["num_single_layers"],
+        depth=size("num_layers", 0),
+        depth_single_blocks=size("num_single_layers", 0),
         axes_dim=tuple(config.get("axes_dims_rope", (16, 56, 56))),
-        guidance_embed=config.get("guidance_embeds", False),
+        guidance_embed=bool(config.get("guidance_embeds", False)),
     )
 
 
@@ -196,7 +212,7 @@ def _config_from_shapes(checkpoint: Checkpoint, layout: Layout) -> FluxConfig:
     head_dim = shape("double_blocks/{i}/img_attn/norm/query_norm/scale", "")[0]
     if head_dim != 128:
         raise ValueError(
-            f"head dim {head_dim}: its rotary axes are not in the tensors; add diffusers' config.json"
+            f"head dim {head_dim}: its rotary axes are in no tensor; add diffusers' config.json"
         )
     return FluxConfig(
         in_channels=channels,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize, quantize_weight
 
-# measured: jax, orbax and their buffers before any weight is read, and float32 temporaries of a leaf
+# measured: jax, orbax and their buffers before a weight is read; float32 temporaries of a leaf
 BASE_BYTES = 400e6
 LEAF_TEMPORARIES = 5
 
@@ -41,7 +40,7 @@ class Job:
         dtype: dtype of the parameters that stay in floating point.
         leaves: what to read, part by part.
         rules: deciding rule of each layer path; None keeps the kernel.
-        abstract: the output tree as shapes.
+        abstract: the output tree as shapes, if every weight is finite.
     """
 
     checkpoint: Checkpoint
@@ -66,7 +65,9 @@ class Job:
         return int(BASE_BYTES + LEAF_TEMPORARIES * leaf + 4 * max(sizes))
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: Any = jnp.bfloat16) -> Job:
+def plan(
+    checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: Any = jnp.bfloat16
+) -> Job:
     """Recognise a checkpoint, check every name, shape and dtype, and lay out the result; no memory.
 
     Raises:
@@ -76,13 +77,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: 
     model, layout = recognise(checkpoint, model)
     config = SOURCES[model].read_config(checkpoint, layout)
     params = NETWORKS[model].abstract_params(config, dtype)
-    shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)}
+    shapes = {
+        part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)
+    }
     leaves = expand(layout, config, shapes)
     check(checkpoint, leaves, f"{model} ({layout.name} layout)")
     kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
     chosen = recipe.assign(kernels)
     rules = {path: None if rule is None else recipe.rules[rule] for path, rule in chosen.items()}
-    keep = _nonfinite(checkpoint, leaves, rules) if recipe.on_nonfinite == "keep" else []
     return Job(
         checkpoint=checkpoint,
         model=model,
@@ -91,46 +93,46 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: 
         recipe=recipe,
         dtype=dtype,
         leaves=leaves,
-        rules=rules | dict.fromkeys(keep),
-        abstract=jax.eval_shape(partial(quantize, recipe=recipe, keep=keep), params),
+        rules=rules,
+        abstract=jax.eval_shape(partial(quantize, recipe=recipe), params),
     )
 
 
 def run(
     job: Job,
-    write: Callable[[str, Part], None],
-    progress: Callable[[str, int], None] = lambda name, nbytes: None,
-    cancelled: threading.Event | None = None,
-) -> None:
+    write: Callable[[str, Part], object],
+    progress: Callable[[str, int], object] = lambda name, nbytes: None,
+) -> list[str]:
     """Stream the checkpoint into `write(part name, part)`, one part at a time.
 
     Args:
         job: see `plan`.
-        write: takes finished parts: `checkpoint.Writer.write`, or a list's append.
-        progress: called with the parameter's path and the source bytes just done.
-        cancelled: stops between leaves when set.
+        write: takes finished parts: `checkpoint.Writer.write`, or something that collects them.
+        progress: called with the parameter's path and the source bytes just done; what it raises
+            ends the conversion.
+
+    Returns:
+        Parameters with NaN or inf that the recipe keeps; such kernels stay in floating point.
 
     Raises:
-        NonFiniteError: NaN or inf anywhere; names every such parameter.
+        NonFiniteError: NaN or inf anywhere, and the recipe does not keep them; names all of them.
     """
+    keep = job.recipe.on_nonfinite == "keep"
     bad: list[str] = []
     for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
         done: Part = {}
         for leaf in leaves:
-            if cancelled is not None and cancelled.is_set():
-                return
-            value, finite = _convert(job, leaf)
+            done[leaf.path], finite = _convert(job, leaf, keep)
             name = f"{part}/{leaf.path}"
-            if finite or job.recipe.on_nonfinite == "keep":
-                done[leaf.path] = value
-            else:
+            if not finite:
                 bad.append(name)
             progress(name, sum(job.checkpoint.info(source).nbytes for source in leaf.sources))
             release_leaf(job.checkpoint, leaf)
-        if not bad:
+        if keep or not bad:
             write(part, done)
-    if bad:
+    if bad and not keep:
         raise NonFiniteError(nonfinite_message(bad, job.recipe))
+    return bad
 
 
 def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
@@ -144,12 +146,13 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _convert(job: Job, leaf: Leaf) -> tuple[Any, bool]:
+def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     array = read_leaf(job.checkpoint, leaf)
     rule = job.rules[_layer_path(leaf)] if leaf.is_kernel else None
     if rule is not None:
         tensor, finite = _quantize_leaf(array, rule)
-        return jax.device_get(tensor), bool(finite)
+        if finite or not keep:
+            return jax.device_get(tensor), bool(finite)
     value, finite = _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
     return np.asarray(value), bool(finite)
 
@@ -164,17 +167,6 @@ def _port_leaf(array: jax.Array, dtype: Any, transpose: bool):
     # checked after the cast: a float32 value beyond float16's range is not finite there
     cast = array.astype(dtype)
     return (cast.T if transpose else cast), jnp.isfinite(cast).all()
-
-
-def _nonfinite(checkpoint: Checkpoint, leaves: list[Leaf], rules: dict[str, Rule | None]) -> list[str]:
-    """Layer paths of kernels to be quantised that hold NaN or inf; reads the whole checkpoint."""
-    found = []
-    for leaf in leaves:
-        if leaf.is_kernel and rules[_layer_path(leaf)] is not None:
-            if not bool(jnp.isfinite(jnp.asarray(read_leaf(checkpoint, leaf))).all()):
-                found.append(_layer_path(leaf))
-            release_leaf(checkpoint, leaf)
-    return found
 
 
 def _layer_path(leaf: Leaf) -> str:

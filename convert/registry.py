@@ -9,6 +9,7 @@ from typing import Any
 from convert import flux
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
+from convert.safetensors_header import quote
 from convert.table import Layout
 
 
@@ -54,5 +55,7 @@ def recognise(checkpoint: Checkpoint, model: str = "auto") -> tuple[str, Layout]
             if layout.marker in names:
                 return name, layout
     wanted = f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(SOURCES)})"
-    example = f"its tensors look like '{checkpoint.names[0]}'" if checkpoint.names else "it is empty"
+    example = (
+        f"its tensors look like {quote(checkpoint.names[0])}" if checkpoint.names else "it is empty"
+    )
     raise CheckpointError(checkpoint.source, f"not {wanted}: {example}")

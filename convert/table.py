@@ -14,6 +14,7 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
+from convert.safetensors_header import quote
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -84,7 +85,8 @@ class Leaf:
     def source_shapes(self) -> dict[str, tuple[int, ...]]:
         """Expected shape of every source tensor."""
         return {
-            name: (size, *self.shape[1:]) for name, size in zip(self.sources, self.sizes, strict=True)
+            name: (size, *self.shape[1:])
+            for name, size in zip(self.sources, self.sizes, strict=True)
         }
 
 
@@ -96,14 +98,16 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
         config: the model's config.
         shapes: {part: {path: shape of the Flax parameter}}, see `part_shapes`.
     """
-    leaves = []
+    leaves: list[Leaf] = []
     for part, paths in shapes.items():
         stack, _, layer = part.partition("/")
         prefix = f"{stack}/{{i}}/" if layer else ""
         for row in layout.rows:
             if row.target.startswith(prefix) and bool(layer) == ("{i}" in row.target):
                 if not layout.skip_row(row, config):
-                    leaves += _row_leaves(row, row.target.removeprefix(prefix), part, layer, config, paths)
+                    leaves += _row_leaves(
+                        row, row.target.removeprefix(prefix), part, layer, config, paths
+                    )
         covered = {leaf.path for leaf in leaves if leaf.part == part}
         if covered != set(paths):
             missing = sorted(set(paths) ^ covered)
@@ -111,7 +115,9 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
     return leaves
 
 
-def _row_leaves(row: Row, target: str, part: str, layer: str, config: Any, paths: Mapping) -> Iterator[Leaf]:
+def _row_leaves(
+    row: Row, target: str, part: str, layer: str, config: Any, paths: Mapping
+) -> Iterator[Leaf]:
     sources = tuple(source.format(i=layer) for source in row.sources)
     kinds = [("", "")] if row.vector else [("/kernel", ".weight"), ("/bias", ".bias")]
     for suffix, source_suffix in kinds:
@@ -136,22 +142,30 @@ def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
     """
     expected = {name: shape for leaf in leaves for name, shape in leaf.source_shapes().items()}
     names = set(checkpoint.names)
-    problems = [f"missing tensor '{n}' {s} of {what}" for n, s in sorted(expected.items()) if n not in names]
-    problems += [f"unknown tensor '{name}', not part of {what}" for name in sorted(names - set(expected))]
+    problems = [
+        f"missing tensor '{n}' {s} of {what}" for n, s in sorted(expected.items()) if n not in names
+    ]
+    problems += [
+        f"unknown tensor {quote(name)}, not part of {what}"
+        for name in sorted(names - set(expected))
+    ]
     for name in sorted(names & set(expected)):
         info = checkpoint.info(name)
         if tuple(info.shape) != expected[name]:
-            problems.append(f"tensor '{name}' has shape {tuple(info.shape)}, {what} needs {expected[name]}")
+            problems.append(
+                f"tensor '{name}' has shape {tuple(info.shape)}, {what} needs {expected[name]}"
+            )
         if str(info.dtype) not in FLOATS:
             problems.append(
-                f"tensor '{name}' is {info.dtype}; give the unquantised checkpoint ({', '.join(FLOATS)})"
+                f"tensor '{name}' is {info.dtype}, not one of {', '.join(FLOATS)}; "
+                "give the unquantised checkpoint"
             )
     if problems:
         raise CheckpointError(checkpoint.source, problems)
 
 
 def read_leaf(checkpoint: Checkpoint, leaf: Leaf) -> np.ndarray:
-    """A leaf in the source's orientation and dtype; a view of the file where nothing has to move."""
+    """A leaf in the source's orientation and dtype; a view of the file where nothing moves."""
     pieces = [checkpoint.read(name) for name in leaf.sources]
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0)
     return swap_halves(array) if leaf.swap_halves else array

@@ -4,39 +4,62 @@
     DIR/params/outer/               orbax PyTree: everything outside the stacks
     DIR/params/double_blocks.3/     orbax PyTree: one layer of a stack
 
-A layer at a time is written and read, so neither side ever holds more than one layer besides the
-tree itself, and a converter need not hold the tree. The folder appears under its name only when whole.
+A layer at a time is written, so a converter need not hold the tree. The folder appears under its
+name only when whole.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
-import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lowbit_jax.quant.qtensor import LAYOUT_VERSION, QTensor
+from lowbit_jax.checkpoint_leaves import (
+    abstract_leaf,
+    damage,
+    restore_leaf,
+    store_leaf,
+    stored_arrays,
+)
+from lowbit_jax.checkpoint_parts import OUTER, Part, assemble, iter_parts
+from lowbit_jax.quant.qtensor import LAYOUT_VERSION
 from lowbit_jax.quant.recipe import Recipe
-from lowbit_jax.quant.stacks import is_stack, runs, segments
-from pallas_kernels import packing
+
+__all__ = [
+    "OUTER",
+    "OutputError",
+    "Part",
+    "SavedModel",
+    "SavedModelError",
+    "Writer",
+    "abstract_parts",
+    "assemble",
+    "check_output",
+    "iter_parts",
+    "library_versions",
+    "load",
+    "read_manifest",
+    "read_part",
+    "save",
+]
 
 FORMAT_VERSION = 1
-OUTER = "outer"  # the part that holds everything outside the stacks
-
-Part = dict[str, Any]  # "img_attn/qkv/kernel" -> array or QTensor
 
 
 class SavedModelError(ValueError):
@@ -70,39 +93,64 @@ class Writer:
     """Writes a checkpoint part by part; use as a context manager, then call `finish`.
 
     Everything goes to a temporary folder beside `folder`, which is renamed by `finish` and removed
-    when the `with` block is left without it.
+    when the `with` block is left without it. Missing parents of `folder` are made (and removed
+    again); a link is followed.
 
     Args:
         folder: where the checkpoint will be.
-        overwrite: replace a folder that exists.
+        overwrite: replace a checkpoint that exists.
         archive: store ternary codes five to the byte (`packing.pack_trits`); unpacked on load.
 
+    Attributes:
+        parts: manifest entries of what was written so far, see `abstract_parts`.
+
     Raises:
-        OutputError: the folder exists and may not be replaced, or the disk is full.
+        OutputError: the folder exists and may not be replaced, or cannot be written.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, overwrite: bool = False, archive: bool = False):
+    def __init__(
+        self, folder: str | os.PathLike, *, overwrite: bool = False, archive: bool = False
+    ):
         self.folder = Path(folder)
         self.overwrite = overwrite
         self.archive = archive
         self.parts: dict[str, dict[str, Any]] = {}
-        self._temporary = self.folder.with_name(f".{self.folder.name}.partial-{os.getpid()}")
         check_output(self.folder, overwrite)
+        self._target = Path(os.path.realpath(self.folder))
+        name = f".{self._target.name}.partial-{secrets.token_hex(4)}"
+        self._temporary = self._target.with_name(name)
+        self._replaced = self._target.with_name(f"{name}-replaced")
+        self._made = [p for p in self._target.parents if not p.exists()]  # innermost first
 
     def __enter__(self) -> Writer:
-        with _disk_errors(self.folder):
-            (self._temporary / "params").mkdir(parents=True)
+        try:
+            with _disk_errors(self.folder):
+                (self._temporary / "params").mkdir(parents=True)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # it holds the checkpoint, or what others put there
+                parent.rmdir()
 
     def write(self, name: str, part: Part) -> None:
         """Store one part; arrays may be numpy or jax."""
         arrays: dict[str, np.ndarray] = {}
-        self.parts[name] = {path: self._describe(path, leaf, arrays) for path, leaf in part.items()}
+        self.parts[name] = {
+            path: store_leaf(path, leaf, arrays, self.archive) for path, leaf in part.items()
+        }
+        path = self._temporary / "params" / _file_name(name)
         with _disk_errors(self.folder), _quiet_orbax():
-            _orbax().save(self._temporary / "params" / _file_name(name), args=ocp.args.PyTreeSave(arrays))
+            self._check_space(sum(array.nbytes for array in arrays.values()))
+            try:
+                _orbax().save(path, args=ocp.args.PyTreeSave(arrays))
+            except BaseException:
+                self._discard_after_failure()
+                raise
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest and give the folder its name."""
@@ -119,30 +167,36 @@ class Writer:
                 json.dump(document, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            check_output(self.folder, self.overwrite)
-            if self.folder.exists():
-                shutil.rmtree(self.folder)
-            self._temporary.rename(self.folder)
+            check_output(self.folder, self.overwrite)  # again: it took a while
+            self._rename()
 
-    def _describe(self, path: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        if not isinstance(leaf, QTensor):
-            return {"kind": "array", **_store(path, leaf, arrays)}
-        spec: dict[str, Any] = {
-            "kind": "qtensor",
-            "format": leaf.format,
-            "shape": list(leaf.shape),
-            "group": leaf.group,
-            "act_bits": leaf.act_bits,
-        }
-        codes = leaf.codes
-        if self.archive and leaf.format == "ternary":
-            codes = packing.pack_trits(packing.unpack(jnp.asarray(codes), 2, leaf.shape[1]))
-            spec["codes_as"] = "trits"
-        spec["codes"] = _store(f"{path}/codes", codes, arrays)
-        spec["scale"] = _store(f"{path}/scale", leaf.scale, arrays)
-        if leaf.zero is not None:
-            spec["zero"] = _store(f"{path}/zero", leaf.zero, arrays)
-        return spec
+    def _check_space(self, needed: int) -> None:
+        disk = shutil.disk_usage(self._temporary)
+        if disk.free < needed and disk.total:
+            raise OutputError(
+                f"{self.folder}: the disk is full: {disk.free / 1e6:,.1f} MB free, the next layer "
+                f"takes {needed / 1e6:,.1f} MB"
+            )
+
+    def _discard_after_failure(self) -> None:
+        """Orbax leaves writes under way when one fails; they make the folder anew for a while."""
+        atexit.register(shutil.rmtree, self._temporary, ignore_errors=True)
+        for _ in range(20):
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            time.sleep(0.05)
+
+    def _rename(self) -> None:
+        """Put the new folder in the place of the old one, which stays whole until then."""
+        try:
+            if self._target.exists():
+                self._target.rename(self._replaced)
+            self._temporary.rename(self._target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._replaced.rename(self._target)
+            raise
+        finally:
+            shutil.rmtree(self._replaced, ignore_errors=True)
 
 
 def save(
@@ -181,25 +235,32 @@ def load(folder: str | os.PathLike, *, verify: bool = True) -> SavedModel:
     """
     manifest = read_manifest(folder)
     try:
-        recipe = Recipe.from_json(manifest["recipe"])
         parts = ((name, read_part(folder, manifest, name, verify)) for name in manifest["parts"])
-        params = assemble(parts)
         return SavedModel(
-            params=jax.tree.map(jnp.asarray, params),
+            params=assemble(parts),
             model=manifest["model"],
             config=manifest["config"],
-            recipe=recipe,
+            recipe=Recipe.from_json(manifest["recipe"]),
             manifest=manifest,
         )
-    except KeyError as error:
-        raise SavedModelError(f"{folder}: manifest.json lacks {error}") from None
+    except SavedModelError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed: {error}"
+        raise SavedModelError(f"{folder}: manifest.json {reason}") from error
 
 
 def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
-    """The parsed manifest; raises `SavedModelError` when there is none or its version is unknown."""
+    """The parsed manifest.
+
+    Raises:
+        SavedModelError: there is none, or its version is unknown.
+    """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
-        raise SavedModelError(f"{folder}: no manifest.json, so not a finished lowbit-jax checkpoint")
+        raise SavedModelError(
+            f"{folder}: no manifest.json, so not a finished lowbit-jax checkpoint"
+        )
     try:
         manifest = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -218,55 +279,31 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
 def read_part(folder: str | os.PathLike, manifest: Mapping, name: str, verify: bool = True) -> Part:
     """One part as numpy arrays and `QTensor`s of numpy arrays."""
     specs = manifest["parts"][name]
+    names = [stored for stored, _ in stored_arrays(specs)]
     path = (Path(folder) / "params" / _file_name(name)).absolute()
+    if not path.is_dir():
+        raise SavedModelError(f"{path}: missing; convert again")
     try:
         with _quiet_orbax():
-            wanted = dict.fromkeys(_stored_names(specs), ocp.RestoreArgs(restore_type=np.ndarray))
+            wanted = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
             arrays = _orbax().restore(path, args=ocp.args.PyTreeRestore(restore_args=wanted))
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SavedModelError(f"{path}: cannot be read ({reason[:200]}); convert again") from error
-    if verify:
-        _verify(path, specs, arrays)
-    return {leaf: _restore_leaf(leaf, spec, arrays) for leaf, spec in specs.items()}
+        raise SavedModelError(
+            f"{path}: cannot be read ({_reason(error)}); convert again"
+        ) from error
+    absent = sorted(set(names) - set(arrays))
+    problem = f"tensor {absent[0]} is missing" if absent else None
+    if problem is None and verify:
+        problem = damage(specs, arrays)
+    if problem is not None:
+        raise SavedModelError(f"{path}: {problem}; convert again")
+    return {leaf: restore_leaf(leaf, spec, arrays) for leaf, spec in specs.items()}
 
 
 def abstract_parts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
     """The parts a manifest describes, as shapes; ternary codes as they are in memory."""
     for name, specs in manifest["parts"].items():
-        yield name, {path: _abstract_leaf(spec) for path, spec in specs.items()}
-
-
-def iter_parts(params: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
-    """Cut a parameter tree into parts: `OUTER` first, then "stack/layer" for every stacked layer.
-
-    Works on trees of `jax.ShapeDtypeStruct` too.
-    """
-    yield OUTER, dict(_flatten({k: v for k, v in params.items() if not is_stack(v)}))
-    for key, stack in params.items():
-        if not is_stack(stack):
-            continue
-        for first, length, tree in segments(stack):
-            flat = dict(_flatten(tree))
-            for index in range(length):
-                yield f"{key}/{first + index}", {p: _layer(v, index) for p, v in flat.items()}
-
-
-def assemble(parts: Iterable[tuple[str, Part]]) -> dict[str, Any]:
-    """Inverse of `iter_parts`: consecutive layers of equal structure and formats become one segment."""
-    params: dict[str, Any] = {}
-    stacks: dict[str, dict[int, Part]] = {}
-    for name, part in parts:
-        if name == OUTER:
-            params.update(_unflatten(part))
-        else:
-            key, layer = name.rsplit("/", 1)
-            stacks.setdefault(key, {})[int(layer)] = part
-    for key, layers in stacks.items():
-        if sorted(layers) != list(range(len(layers))):
-            raise SavedModelError(f"{key}: layers {sorted(layers)} are not 0 to {len(layers) - 1}")
-        params[key] = _stack_layers([layers[i] for i in range(len(layers))])
-    return params
+        yield name, {path: abstract_leaf(spec) for path, spec in specs.items()}
 
 
 def library_versions() -> dict[str, str]:
@@ -285,131 +322,25 @@ def check_output(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{folder}: exists already; choose another --out or pass --overwrite")
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "manifest.json").is_file()):
-        raise OutputError(f"{folder}: not a lowbit-jax checkpoint, so --overwrite will not delete it")
-
-
-def _layer(value: Any, index: int) -> Any:
-    """One layer of a stacked array, QTensor, or shape."""
-
-    def take(leaf):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-        return leaf[index]
-
-    return jax.tree.map(take, value)
-
-
-def _stack_layers(layers: list[Part]) -> dict[str, Any]:
-    signatures = [_signature(layer) for layer in layers]
-    out = {}
-    for start, stop in runs(signatures):
-        run = layers[start:stop]
-        out[str(start)] = _unflatten(
-            {path: jax.tree.map(lambda *leaf: np.stack(leaf), *(p[path] for p in run)) for path in run[0]}
+    if not folder.is_dir() or not (_is_checkpoint(folder) or not any(folder.iterdir())):
+        raise OutputError(
+            f"{folder}: not a lowbit-jax checkpoint and nothing else, so --overwrite will not "
+            "delete it"
         )
-    return out
 
 
-def _signature(layer: Part) -> tuple:
-    leaves, structure = jax.tree.flatten(layer)
-    return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _unflatten(part: Part) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in part.items():
-        *parents, last = path.split("/")
-        node = tree
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, of any version, and holds nothing besides."""
+    if {path.name for path in folder.iterdir()} != {"manifest.json", "params"}:
+        return False
+    try:
+        return json.loads((folder / "manifest.json").read_text())["format"] == "lowbit-jax"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _file_name(part: str) -> str:
     return part.replace("/", ".")
-
-
-def _store(path: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    array = np.ascontiguousarray(leaf)
-    arrays[path.replace("/", ".")] = array
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": _digest(array)}
-
-
-def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
-
-
-def _stored(specs: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(stored name, {shape, dtype, sha256}) of every array of a part."""
-    for path, spec in specs.items():
-        name = path.replace("/", ".")
-        if spec["kind"] == "array":
-            yield name, spec
-        else:
-            for field in ("codes", "scale", "zero"):
-                if field in spec:
-                    yield f"{name}.{field}", spec[field]
-
-
-def _stored_names(specs: Mapping[str, Any]) -> list[str]:
-    return [name for name, _ in _stored(specs)]
-
-
-def _verify(path: Path, specs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    for name, expected in _stored(specs):
-        array = arrays[name]
-        found = {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": _digest(array)}
-        for key, value in found.items():
-            if value != expected[key]:
-                raise SavedModelError(
-                    f"{path}: tensor {name} is damaged ({key} {value}, manifest says {expected[key]})"
-                )
-
-
-def _restore_leaf(path: str, spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    name = path.replace("/", ".")
-    if spec["kind"] == "array":
-        return arrays[name]
-    codes = arrays[f"{name}.codes"]
-    if spec.get("codes_as") == "trits":
-        codes = np.asarray(packing.pack(packing.unpack_trits(jnp.asarray(codes), spec["shape"][1]), 2, pad=1))
-    return _qtensor(spec, codes, arrays[f"{name}.scale"], arrays.get(f"{name}.zero"))
-
-
-def _abstract_leaf(spec: Mapping[str, Any]) -> Any:
-    def shape(field: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(tuple(field["shape"]), jnp.dtype(field["dtype"]))
-
-    if spec["kind"] == "array":
-        return shape(spec)
-    codes = shape(spec["codes"])
-    if spec.get("codes_as") == "trits":
-        n, k = spec["shape"]
-        codes = jax.ShapeDtypeStruct((n, packing.packed_size(k, 2)), jnp.uint8)
-    zero = shape(spec["zero"]) if "zero" in spec else None
-    return _qtensor(spec, codes, shape(spec["scale"]), zero)
-
-
-def _qtensor(spec: Mapping[str, Any], codes: Any, scale: Any, zero: Any) -> QTensor:
-    return QTensor(
-        codes=codes,
-        scale=scale,
-        zero=zero,
-        format=spec["format"],
-        shape=tuple(spec["shape"]),
-        group=spec["group"],
-        act_bits=spec["act_bits"],
-    )
 
 
 def _orbax() -> ocp.Checkpointer:
@@ -418,28 +349,44 @@ def _orbax() -> ocp.Checkpointer:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns about temporary folders and missing shardings, which are meant here."""
+    """Orbax warns about what is meant here, and logs the traceback of what it raises anyway."""
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level, hook = logger.level, sys.unraisablehook
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda event: None  # of writes that end after the one that failed
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn whatever a full or read-only disk makes orbax and the system raise into `OutputError`."""
+    """Turn what the system, or orbax for it, says about a disk into `OutputError`."""
     try:
         yield
     except OutputError:
         raise
     except Exception as error:
-        text = str(error)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "ENOSPC" in text:
-            free = shutil.disk_usage(folder.absolute().parent).free
-            raise OutputError(f"{folder}: the disk is full ({free / 1e6:.0f} MB free)") from error
-        if isinstance(error, OSError):
-            raise OutputError(f"{folder}: cannot be written: {error.strerror or text}") from error
-        raise
+        if not isinstance(error, OSError) and _os_code(error) is None:
+            raise
+        raise OutputError(f"{folder}: cannot be written: {_reason(error)}") from error
+
+
+def _os_code(error: Exception) -> int | None:
+    """The system's number of an error; tensorstore puts it into the text of a ValueError."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
+def _reason(error: Exception) -> str:
+    """An error in a few words."""
+    code = _os_code(error)
+    if code == errno.ENOSPC:
+        return "the disk is full"
+    if code in (errno.EEXIST, errno.ENOTEMPTY):
+        return "another process has written it meanwhile"
+    if code is not None:
+        return os.strerror(code)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

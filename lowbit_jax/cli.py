@@ -39,7 +39,7 @@ Command = (
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 2 with one line on stderr for bad input."""
     command = tyro.cli(Command, args=argv, prog="lowbit-jax")  # type: ignore[arg-type, var-annotated]
-    console = Console()
+    console = Console(markup=False)
     try:
         if isinstance(command, Inspect):
             inspect(command, console)
@@ -61,12 +61,21 @@ def inspect(command: Inspect, console: Console) -> None:
     try:
         recipe, source = manifest["recipe"], manifest["source"] or {}
         report = size_report(abstract_parts(manifest))
-        console.print(f"{command.folder}: {manifest['model']}, recipe '{recipe['name']}' ({recipe['description']})")
-        console.print("config: " + ", ".join(f"{key} {value}" for key, value in manifest["config"].items()))
+        console.print(
+            f"{command.folder}: {manifest['model']}, "
+            f"recipe '{recipe['name']}' ({recipe['description']})"
+        )
+        console.print(
+            "config: " + ", ".join(f"{key} {value}" for key, value in manifest["config"].items())
+        )
         for name, digest in source.get("files", {}).items():
-            console.print(f"from {name} ({source['layout']} layout), sha256 {digest}", soft_wrap=True)
-        console.print("written with " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items()))
-    except (KeyError, TypeError) as error:
+            console.print(
+                f"from {name} ({source['layout']} layout), sha256 {digest}", soft_wrap=True
+            )
+        console.print(
+            "written with " + ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SavedModelError(f"{command.folder}: manifest.json is incomplete: {error}") from None
     console.print(size_table(report, "stored, against bfloat16"))
     console.print(f"{report.bits_per_weight:.3f} bits per weight over everything stored")

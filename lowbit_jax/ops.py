@@ -17,8 +17,8 @@ def linear(
 ) -> Float[Array, "... n"]:
     """`x @ kernel + bias`, accumulated in float32 and returned in the dtype of `x`.
 
-    A `QTensor` with `act_bits` quantises each row of `x` on the fly and multiplies integers; without,
-    its codes are multiplied with `x` as it is.
+    A `QTensor` with `act_bits` quantises each row of `x` on the fly and multiplies integers;
+    without, its codes are multiplied with `x` as it is.
 
     Raises:
         ValueError: when k differs, with both numbers.
@@ -67,11 +67,11 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 
 def _weight_only_matmul(x, weight: QTensor):
-    """Float activations. One scale per row goes after the product: integer codes are exact in bf16."""
+    """Float activations. A channel's scale goes after the product: codes are exact in bf16."""
     if weight.scale.shape[-1] == 1:
         w, after = _centred_codes(weight), weight.scale[:, 0]
     else:
-        w, after = weight.dequantize(x.dtype), 1.0
+        w, after = weight.dequantize(x.dtype), jnp.float32(1)
     y = jax.lax.dot_general(
         x, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -80,6 +80,7 @@ def _weight_only_matmul(x, weight: QTensor):
 
 def _integer_matmul(x, weight: QTensor):
     """Per-token integer activations times integer weights; both scales applied after the sum."""
+    assert weight.act_bits is not None
     codes, x_scale = reference.quantize_rows(x, weight.act_bits)
     if weight.scale.shape[-1] > 1:
         return x_scale * _grouped(codes, weight)

@@ -1,4 +1,4 @@
-"""Plain-jnp form of every op: the oracle a kernel must equal, and the backend where there is no kernel.
+"""Plain-jnp form of every op: what a kernel must equal, and the backend where there is none.
 
 Shape letters: m rows (tokens), k contraction, n output channels, g groups along k.
 """
@@ -18,8 +18,10 @@ def quantize_rows(
     """Symmetric dynamic quantisation, one scale per row (per token).
 
     `scale = max|x| / qmax`, `codes = round_half_even(x / scale)`, qmax = 2^(bits-1) - 1 (127 for 8
-    bits, the convention of ViDiT-Q and torch). An all-zero row has scale 1 and zero codes. A row
-    with NaN or inf has a non-finite scale, so its products are non-finite too: never silently 0.
+    bits, the convention of ViDiT-Q and torch). Both divisions are products with a reciprocal, and
+    spelled so: XLA makes them of a division by a broadcast anyway, and a kernel must round alike.
+    An all-zero row has scale 1 and zero codes. A row with NaN or inf has a non-finite scale, so its
+    products are non-finite too: never silently 0.
 
     Raises:
         ValueError: bits outside 2..8.
@@ -29,10 +31,12 @@ def quantize_rows(
     qmax = 2 ** (bits - 1) - 1
     x32 = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
-    scale = jnp.where(peak == 0, 1.0, peak / qmax)
-    # a denormal peak underflows the division: such a row is zero to every later float32 product
-    scale = jnp.where(scale == 0, 1.0, scale)
-    codes = jnp.clip(jnp.round(x32 / scale), -qmax, qmax).astype(jnp.int8)
+    # XLA:CPU's max drops NaN on rows of 2048 and more
+    peak = jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, peak)
+    scale = peak * jnp.float32(1 / qmax)
+    # zeros, and what is as good as zero: a denormal scale, which hardware may flush, has no inverse
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+    codes = jnp.clip(jnp.round(x32 * (1 / scale)), -qmax, qmax).astype(jnp.int8)
     return codes, scale
 
 

@@ -72,12 +72,13 @@ def load_sprites(
     keep = {kind: np.arange(len(items)) for kind, items in images.items()}
     keep["accessory"] = np.flatnonzero(usable_accessories(parts))[:accessories]
     keep["head"] = keep["head"][:heads]
+    red, green, blue = bytes.fromhex(data["bgcolors"][0])
     return Sprites(
         parts={kind: parts[kind][keep[kind]] for kind in KINDS},
         names={
             kind: tuple(_words(images[kind][i]["filename"]) for i in keep[kind]) for kind in KINDS
         },
-        background=tuple(bytes.fromhex(data["bgcolors"][0])),
+        background=(red, green, blue),
     )
 
 

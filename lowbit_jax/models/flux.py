@@ -1,7 +1,8 @@
-"""FLUX.1 (dev, schnell, and any smaller one): a rectified-flow transformer of double and single blocks.
+"""FLUX.1 (dev, schnell, any smaller one): a rectified-flow transformer, double and single blocks.
 
-Parameter names follow Black Forest Labs' checkpoint (fused `qkv`, `linear1`, `linear2`), so one input
-serves each fused matrix. Shape letters: b batch, i image tokens, x text tokens, t all tokens, k width.
+Parameter names follow Black Forest Labs' checkpoint (fused `qkv`, `linear1`, `linear2`), so one
+input serves each fused matrix. Shape letters: b batch, i image tokens, x text tokens, t all tokens,
+k width.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
         if sum(self.axes_dim) != self.head_dim or any(dim % 2 for dim in self.axes_dim):
             raise ValueError(
                 f"axes_dim {self.axes_dim} must be even and sum to the head dim {self.head_dim}"
@@ -123,7 +126,7 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Fused qkv, query/key norm and output projection of one stream (the attention itself is joint)."""
+    """Fused qkv, query/key norm and output projection of one stream; the attention is joint."""
 
     config: FluxConfig
     dtype: Any
@@ -196,13 +199,13 @@ class SingleBlock(nn.Module):
         """Update the joint sequence; returns a 1-tuple (the carry of the stack)."""
         width, mlp = self.config.hidden_size, self.config.mlp_size
         shift, scale, gate = Modulation(3, self.dtype, name="modulation")(vec)
-        hidden = Linear(3 * width + mlp, dtype=self.dtype, name="linear1")(modulate(x, shift, scale))
+        hidden = Linear(3 * width + mlp, dtype=self.dtype, name="linear1")(
+            modulate(x, shift, scale)
+        )
         qkv, hidden = jnp.split(hidden, [3 * width], axis=-1)
         q, k, v = split_heads(qkv, self.config.num_heads)
         q, k = QKNorm(self.dtype, name="norm")(q, k)
-        merged = jnp.concatenate(
-            [rotary_attention(q, k, v, angles), gelu_tanh(hidden)], axis=-1
-        )
+        merged = jnp.concatenate([rotary_attention(q, k, v, angles), gelu_tanh(hidden)], axis=-1)
         return (x + gate[:, None] * Linear(width, dtype=self.dtype, name="linear2")(merged),)
 
 
@@ -218,7 +221,9 @@ class FinalLayer(nn.Module):
         width = self.config.hidden_size
         mod = Linear(2 * width, dtype=self.dtype, name="adaLN_modulation")(nn.silu(vec))
         shift, scale = jnp.split(mod, 2, axis=-1)
-        return Linear(self.config.in_channels, dtype=self.dtype, name="linear")(modulate(img, shift, scale))
+        return Linear(self.config.in_channels, dtype=self.dtype, name="linear")(
+            modulate(img, shift, scale)
+        )
 
 
 class FluxTransformer(nn.Module):
@@ -226,7 +231,7 @@ class FluxTransformer(nn.Module):
 
     Attributes:
         config: sizes.
-        dtype: dtype of activations and products (accumulated in float32); parameters keep their own.
+        dtype: of activations and products (accumulated in float32); parameters keep their own.
         remat: for training: recompute each block in the backward pass instead of storing it.
     """
 
@@ -262,7 +267,9 @@ class FluxTransformer(nn.Module):
         config = self.config
         if (guidance is not None) != config.guidance_embed:
             word = "needs" if config.guidance_embed else "has no embedder for"
-            raise ValueError(f"this FLUX {word} `guidance` (guidance_embed={config.guidance_embed})")
+            raise ValueError(
+                f"this FLUX {word} `guidance` (guidance_embed={config.guidance_embed})"
+            )
 
         def embed(x, name):
             return MLPEmbedder(config.hidden_size, self.dtype, name=name)(x.astype(self.dtype))
@@ -301,11 +308,16 @@ def rotary_attention(q, k, v, angles) -> Float[Array, "b t k"]:
 
 
 def abstract_params(config: FluxConfig, dtype: Any = jnp.bfloat16) -> Any:
-    """The parameter tree as shapes, without any memory: `jax.ShapeDtypeStruct` leaves of `dtype`."""
+    """The parameter tree without memory: `jax.ShapeDtypeStruct` leaves of `dtype`."""
     model = FluxTransformer(config)
     shape = jax.ShapeDtypeStruct
     b, i, x = 1, 4, 4
-    example = [(b, i, config.in_channels), (b, x, config.context_in_dim), (b,), (b, config.vec_in_dim)]
+    example = [
+        (b, i, config.in_channels),
+        (b, x, config.context_in_dim),
+        (b,),
+        (b, config.vec_in_dim),
+    ]
     arguments = [shape(size, jnp.float32) for size in example]
     arguments += [shape((i, 3), jnp.float32), shape((x, 3), jnp.float32)]
     if config.guidance_embed:

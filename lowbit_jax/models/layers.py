@@ -1,4 +1,4 @@
-"""Layers shared by every network: `Linear`, norms, embeddings, rotary positions, attention, block stacks.
+"""Layers shared by every network: `Linear`, norms, embeddings, attention, stacks of blocks.
 
 Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head dim, l layers.
 """
@@ -23,7 +23,7 @@ MAX_SCORE_BYTES = 64 * 2**20
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias` where `kernel` is a float array (k, n) or a `QTensor` of that logical size.
+    """`x @ kernel + bias`; `kernel` is a float array (k, n) or a `QTensor` that stands for one.
 
     The one layer of every quantisable matrix: `ops.linear` dispatches on the type of the kernel, so
     quantising a model means replacing leaves of its parameter tree and nothing else.
@@ -50,7 +50,7 @@ class Linear(nn.Module):
         """A parameter that may hold a QTensor (`self.param` alone rejects packed leaves)."""
         if not self.has_variable("params", name):
             return self.param(name, init, shape, jnp.float32)
-        value = self.get_variable("params", name)
+        value: Any = self.get_variable("params", name)
         found = ops.logical_shape(value)
         if found != shape:
             path = "/".join((*self.path, name))
@@ -112,7 +112,9 @@ def rotary_angles(
     """
     ids = jnp.asarray(ids, jnp.float32)
     if ids.shape[-1] != len(axes_dim):
-        raise ValueError(f"ids have {ids.shape[-1]} axes, axes_dim {tuple(axes_dim)} names another number")
+        raise ValueError(
+            f"ids have {ids.shape[-1]} axes, axes_dim {tuple(axes_dim)} names another number"
+        )
     parts = []
     for axis, dim in enumerate(axes_dim):
         omega = (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
@@ -139,7 +141,9 @@ def attention(
     On CUDA in bfloat16 this is cuDNN's fused attention. Elsewhere queries are taken in chunks, so
     the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is larger).
     """
-    fused_can = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    fused_can = (
+        q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    )
     # cuDNN is looked up while tracing, so `lax.platform_dependent` cannot choose it
     if fused_can and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -165,7 +169,7 @@ def _full_attention(q, k, v):
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU in its tanh form, computed in float32 as torch does (and on a CPU four times as fast)."""
+    """GELU in its tanh form, in float32 as torch computes it (on a CPU four times as fast)."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
@@ -218,7 +222,7 @@ class BlockStack(nn.Module):
             length = jax.tree.leaves(segments[first])[0].shape[0]
             if int(first) != at:
                 raise ValueError(
-                    f"{'/'.join(self.path)}: segment '{first}' follows layer {at - 1}; expected '{at}'"
+                    f"{'/'.join(self.path)}: segment '{first}' stands where layer {at} begins"
                 )
             at += length
         if at != self.length:

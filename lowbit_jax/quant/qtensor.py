@@ -46,10 +46,10 @@ def _static(default=None):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QTensor:
-    """A quantised weight matrix, `w[n, k] ~ scale * (codes - zero)`; leading layer axes in the leaves only.
+    """A quantised matrix, `w[n, k] ~ scale * (codes - zero)`; layer axes lead, in the leaves only.
 
-    Stored (out, in) = (n, k), k contiguous, as PyTorch's files and integer tensor cores have it; the
-    kernel it replaces is (k, n).
+    Stored (out, in) = (n, k), k contiguous, as PyTorch's files and integer tensor cores have it;
+    the kernel it replaces is (k, n).
 
     Attributes:
         codes: int8[..., n, k] (int8) or packed uint8[..., n, bytes], see `pallas_kernels.packing`.
@@ -58,8 +58,8 @@ class QTensor:
         format: key of `FORMATS`.
         shape: logical (n, k) of ONE layer.
         group: inputs that share a scale; k itself for per-channel and per-tensor scales.
-        act_bits: bits of the activations this matrix is multiplied with, quantised per token when it
-            runs; None keeps them in floating point.
+        act_bits: bits of the activations this matrix is multiplied with, quantised per token when
+            it runs; None keeps them in floating point.
         layout_version: version of the byte layout.
     """
 
@@ -119,7 +119,7 @@ def spread(values: Array, group: int, k: int) -> Array:
 
 
 def tree_bytes(tree) -> int:
-    """Bytes of all leaves (arrays or shapes) of a tree, by shape; every dtype used here is byte-wide."""
+    """Bytes of all leaves (arrays or shapes) of a tree, by shape; no dtype here is sub-byte."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 

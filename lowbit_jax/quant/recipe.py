@@ -26,8 +26,8 @@ class WeightSpec:
 
     Attributes:
         format: key of `lowbit_jax.quant.qtensor.FORMATS`.
-        quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax (asymmetric)
-            or mse for integers; absmean, twn or least_squares for ternary.
+        quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax
+            (asymmetric) or mse for integers; absmean, twn or least_squares for ternary.
         granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
     """
 
@@ -48,7 +48,7 @@ class WeightSpec:
             or (isinstance(self.granularity, int) and self.granularity > 0)
         ):
             raise RecipeError(
-                f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a positive group size"
+                f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"
             )
 
 
@@ -67,6 +67,8 @@ class Rule:
     act_bits: int | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.match, str):
+            raise RecipeError(f"match {self.match!r} is not a string")
         try:
             re.compile(self.match)
         except re.error as error:
@@ -110,19 +112,21 @@ class Recipe:
         return None
 
     def assign(self, layers: list[str]) -> dict[str, int | None]:
-        """The deciding rule of each layer path.
+        """The deciding rule of each layer path; None for those that stay in floating point.
 
         Raises:
-            RecipeError: some rules decide nothing; names all of them and the closest thing there is.
+            RecipeError: some rules decide nothing; names all of them and an example of a path.
         """
         chosen = {layer: self.rule_for(layer) for layer in layers}
         idle = [rule.match for i, rule in enumerate(self.rules) if i not in set(chosen.values())]
         if idle:
             example = f"; layers look like '{layers[len(layers) // 2]}'" if layers else ""
             raise RecipeError(
-                f"recipe '{self.name}': no kernel is decided by rule(s) {', '.join(map(repr, idle))}{example}"
+                f"recipe '{self.name}': no kernel is decided by rule(s) "
+                f"{', '.join(map(repr, idle))}{example}"
             )
-        return chosen
+        floats = {i for i, rule in enumerate(self.rules) if rule.weights is None}
+        return {layer: None if i in floats else i for layer, i in chosen.items()}
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; `Recipe.from_json` is the inverse."""
@@ -133,14 +137,18 @@ class Recipe:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Recipe:
         """Build a recipe from parsed JSON; unknown or missing fields raise `RecipeError`."""
+        fields = _fields(Recipe, data, "recipe")
+        items = fields.get("rules", [])
+        if not isinstance(items, (list, tuple)):
+            raise RecipeError(f"rules: expected a list, found {type(items).__name__}")
         rules = []
-        for number, item in enumerate(data.get("rules", []) if isinstance(data, dict) else []):
+        for number, item in enumerate(items):
             item = _fields(Rule, item, f"rule {number}")
             if item.get("weights") is not None:
                 spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
                 item["weights"] = WeightSpec(**spec)
             rules.append(Rule(**item))
-        return Recipe(**(_fields(Recipe, data, "recipe") | {"rules": tuple(rules)}))
+        return Recipe(**(fields | {"rules": tuple(rules)}))
 
 
 def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:

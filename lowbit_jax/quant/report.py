@@ -76,10 +76,12 @@ def size_report(
         for path, leaf in leaves.items():
             linear = _linear(path)
             owner = linears.get(linear)
-            name = OTHERS if owner is None else re.sub(r"/\d+(?=/)", "/*", f"{_prefix(part)}{linear}")
+            name = (
+                OTHERS if owner is None else re.sub(r"/\d+(?=/)", "/*", f"{_prefix(part)}{linear}")
+            )
             kind = describe(leaf if owner is None else owner)
             group = groups.setdefault((name, kind), Group(name=name, kind=kind))
-            size = math.prod(leaf.shape)
+            size = math.prod(leaf.shape) * (leaf.layers if isinstance(leaf, QTensor) else 1)
             group.count += owner is None or _is_kernel(path)
             group.parameters += size
             group.before += size * float_bytes
@@ -117,18 +119,20 @@ def disk_bytes(leaf: Any, archive: bool) -> int:
 
 
 def size_table(report: SizeReport, title: str) -> Table:
-    """A report as a table that fits 80 columns: a section per way of storing, largest groups first."""
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    """A report as a table of 80 columns: a section per way of storing, largest groups first."""
+    table = Table(title=title, box=box.SIMPLE, padding=0)  # else long names are cut off
     table.add_column("layers")
-    for column, width in (("count", 5), ("bits", 5), ("MB before", 9), ("MB after", 9), ("ratio", 5)):
-        table.add_column(column, justify="right", min_width=width, no_wrap=True)
+    for column in ("count", " bits", "MB before", " MB after", "ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
     by_size = sorted(report.groups, key=lambda group: -group.before)
     for kind in dict.fromkeys(group.kind for group in by_size):
         table.add_row(kind, style="bold")
         for g in (group for group in by_size if group.kind == kind):
             table.add_row(f"  {g.name}", f"{g.count}", *_numbers(g.parameters, g.before, g.after))
         table.add_section()
-    table.add_row("total", "", *_numbers(report.parameters, report.before, report.after), style="bold")
+    table.add_row(
+        "total", "", *_numbers(report.parameters, report.before, report.after), style="bold"
+    )
     return table
 
 

@@ -77,7 +77,10 @@ def map_kernels(tree: Tree, fn: Callable[[tuple[str, ...], Any], Any], prefix=()
 
 
 def map_stacks(params: Tree, stack_fn: Callable, kernel_fn: Callable, prefix=()) -> dict[str, Any]:
-    """A copy of a model's tree: `stack_fn(path, stack)` for stacks, `kernel_fn(path, kernel)` elsewhere."""
+    """A copy of a model's tree with stacks and the other kernels replaced.
+
+    By `stack_fn(path, stack)` and `kernel_fn(path, kernel)`.
+    """
     out = {}
     for key, value in params.items():
         if key == "kernel":

@@ -33,8 +33,8 @@ class NonFiniteError(ValueError):
 def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[str, Any]:
     """Replace kernels by `QTensor`s as a recipe says; everything else is kept as it is.
 
-    Pure: works under `jit`, `vmap` and `jax.eval_shape` (a plan that costs no memory). Stacked layers
-    treated alike stay one segment; where treatments change, the stack is cut.
+    Pure: works under `jit`, `vmap` and `jax.eval_shape` (a plan that costs no memory). Stacked
+    layers treated alike stay one segment; where treatments change, the stack is cut.
 
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
@@ -44,7 +44,7 @@ def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[s
     Raises:
         RecipeError: a rule that decides nothing.
         ValueError: a kernel that is quantised already.
-        NonFiniteError: a NaN or inf in a kernel to be quantised, unless the recipe keeps such kernels.
+        NonFiniteError: a NaN or inf in a kernel to be quantised, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
     chosen: dict[str, int | None] = dict(recipe.assign(layer_paths(params)))
@@ -56,16 +56,19 @@ def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[s
         rule = chosen["/".join(path)]
         return kernel if rule is None else quantize_kernel(kernel, recipe.rules[rule])
 
+    def treatment(rule: int | None):
+        return rule if rule is None else (recipe.rules[rule].weights, recipe.rules[rule].act_bits)
+
     def treat_stack(path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for first, length, tree in segments(stack):
             linears = [linear for linear, _ in kernels(tree)]
-            treatments = [
+            deciding = [
                 [chosen["/".join((*path, str(first + i), *linear))] for linear in linears]
                 for i in range(length)
             ]
-            for start, stop in runs(treatments):
-                rules = dict(zip(linears, treatments[start], strict=True))
+            for start, stop in runs([[treatment(rule) for rule in layer] for layer in deciding]):
+                rules = dict(zip(linears, deciding[start], strict=True))
                 out[str(first + start)] = map_kernels(
                     slice_layers(tree, start, stop), partial(_treat_stacked, rules, recipe)
                 )
@@ -143,7 +146,7 @@ def _check_unquantized(params: Tree, chosen: dict[str, int | None]) -> None:
 
 
 def _nonfinite_layers(params: Tree, chosen: dict, recipe: Recipe) -> list[str]:
-    """Layers to keep in floating point because of NaN or inf; raises unless the recipe allows it."""
+    """Layers to keep in floating point for NaN or inf; raises unless the recipe allows it."""
     found = []
     for path, kernel, index in iter_layers(params):
         if chosen[path] is None or not _is_concrete(kernel):

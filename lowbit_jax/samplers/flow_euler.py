@@ -7,8 +7,9 @@ diffusers' `FlowMatchEulerDiscreteScheduler`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,19 @@ class FlowSchedule:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
 
+    @staticmethod
+    def from_json(config: Mapping[str, Any]) -> FlowSchedule:
+        """The schedule of a diffusers `scheduler_config.json`; fields it does not use are ignored.
+
+        Raises:
+            ValueError: a scheduler other than flow-matching Euler.
+        """
+        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
+        if kind != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(f"scheduler {kind}: only FlowMatchEulerDiscreteScheduler is ported")
+        known = {field.name for field in fields(FlowSchedule)}
+        return FlowSchedule(**{key: value for key, value in config.items() if key in known})
+
     def sigmas(self, steps: int, image_tokens: int) -> Float32[np.ndarray, "steps+1"]:
         """The `steps + 1` noise levels from 1 down to exactly 0, computed in float64.
 
@@ -50,7 +64,9 @@ class FlowSchedule:
         return np.append(sigma, 0.0).astype(np.float32)
 
     def _mu(self, image_tokens: int) -> float:
-        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        slope = (self.max_shift - self.base_shift) / (
+            self.max_image_seq_len - self.base_image_seq_len
+        )
         return self.base_shift + slope * (image_tokens - self.base_image_seq_len)
 
 

@@ -56,9 +56,9 @@ def relative_error(out, expected):
     return np.abs(out - expected).max() / np.abs(expected).max()
 
 
-# Both sum in float32, in different orders: 1e-6 measured over five blocks. At other times than 0 add
-# the embedding: frequencies in float32, rounded by other means, times 1000 * 4 move angles by 2e-4
-# (1.4e-5 of the output measured).
+# Both sum in float32, in different orders: 1e-6 measured over five blocks. At times other than 0
+# comes the embedding: frequencies in float32, rounded by other means, times 1000 * 4 move angles by
+# 2e-4 (1.4e-5 of the output measured).
 AT_ZERO, AT_USUAL = 4e-6, 5e-5
 
 

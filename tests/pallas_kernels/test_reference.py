@@ -14,12 +14,15 @@ TINY = np.finfo(np.float32).tiny
 
 
 def oracle(x, bits):
-    """Codes and scale of each row, every division rounded once to float32 (as IEEE has it)."""
+    """Codes and scale of each row; every product and inverse in float64, rounded once."""
     qmax = 2 ** (bits - 1) - 1
+    f32 = lambda value: np.asarray(value, np.float64).astype(np.float32).astype(float)  # noqa: E731
     peak = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
-    scale = np.where(peak == 0, 1, peak / qmax).astype(np.float32)
-    ratio = (x.astype(np.float64) / scale.astype(np.float64)).astype(np.float32)
-    return np.clip(np.rint(ratio.astype(np.float64)), -qmax, qmax).astype(np.int8), scale
+    scale = f32(peak * f32(1 / qmax))
+    scale[peak == 0] = 1
+    codes = np.clip(np.rint(f32(x * f32(1 / scale))), -qmax, qmax)
+    np.testing.assert_allclose(codes, x / np.where(peak == 0, 1, peak / qmax), atol=0.5 + 2e-5)
+    return codes.astype(np.int8), scale.astype(np.float32)
 
 
 @pytest.mark.parametrize("quantize", (reference.quantize_rows, QUANTIZE), ids=("eager", "jit"))
@@ -41,7 +44,9 @@ def test_rows_equal_the_oracle(bits, quantize):
 
 @settings(max_examples=50)
 @given(
-    row=st.lists(st.floats(-1e30, 1e30, width=32, allow_subnormal=False), min_size=6, max_size=6),
+    row=st.lists(
+        st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False), min_size=6, max_size=6
+    ),
     bits=st.integers(2, 8),
 )
 def test_any_row_is_met_to_half_a_step(row, bits):
@@ -78,14 +83,15 @@ def test_denormal_rows_stay_finite_and_tiny(bits):
 
 
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
-def test_bad_numbers_spoil_their_row_and_no_other(bad):
+@pytest.mark.parametrize("width", (8, 3072))  # XLA:CPU's max drops NaN on rows of 2048 and more
+def test_bad_numbers_spoil_their_row_and_no_other(bad, width):
     """The scale is non-finite, so 0 * scale is NaN: no product of that row can look sane."""
-    x = np.random.default_rng(0).standard_normal((3, 8), np.float32)
+    x = np.random.default_rng(0).standard_normal((3, width), np.float32)
     clean_codes, clean_scale = QUANTIZE(x, 8)
     x[1, 3] = bad
     codes, scale = QUANTIZE(x, 8)
     assert np.isfinite(scale[:, 0]).tolist() == [True, False, True]
-    assert not np.isfinite(np.asarray(codes[1], np.float32) * np.asarray(scale[1])).any()
+    assert not np.isfinite(jnp.asarray(codes[1], jnp.float32) * scale[1]).any()
     np.testing.assert_array_equal(codes[::2], clean_codes[::2])
     np.testing.assert_array_equal(scale[::2], clean_scale[::2])
 

@@ -38,7 +38,7 @@ def diffusers_scheduler(schedule, steps, tokens):
 
 
 def calculate_shift(diffusers):
-    """The function of diffusers' FLUX pipeline, whose module needs `transformers` to be imported."""
+    """That function of diffusers' FLUX pipeline, whose module only imports with `transformers`."""
     file = Path(diffusers.__file__).parent / "pipelines" / "flux" / "pipeline_flux.py"
     (function,) = (
         node

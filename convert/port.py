@@ -1,0 +1,50 @@
+"""A published checkpoint straight into memory, without a converted folder between."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convert.checkpoint_files import open_checkpoint
+from convert.job import plan, run
+from lowbit_jax.checkpoint import Part, SavedModel, assemble
+from lowbit_jax.quant.recipe import Recipe, load_recipe
+
+
+def port(
+    path: str | os.PathLike[str],
+    recipe: str | Recipe = "float",
+    *,
+    model: str = "auto",
+    dtype: Any = jnp.bfloat16,
+) -> SavedModel:
+    """Port a PyTorch checkpoint to a Flax parameter tree, quantising on the way.
+
+    Args:
+        path: a .safetensors file, an index of shards, or a diffusers folder.
+        recipe: name, JSON file or `Recipe`; "float" ports only.
+        model: network, or "auto".
+        dtype: of parameters that stay in floating point.
+
+    Returns:
+        The same as `lowbit_jax.checkpoint.load` gives for a converted folder; its manifest is empty.
+
+    Raises:
+        CheckpointError, RecipeError, NonFiniteError: see `convert.job`.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    parts: list[tuple[str, Part]] = []
+    with open_checkpoint(path) as checkpoint:
+        job = plan(checkpoint, recipe, model=model, dtype=dtype)
+        run(job, lambda name, part: parts.append((name, part)))
+    return SavedModel(
+        params=jax.tree.map(jnp.asarray, assemble(parts)),
+        model=job.model,
+        config=dataclasses.asdict(job.config),
+        recipe=recipe,
+        manifest={},
+    )

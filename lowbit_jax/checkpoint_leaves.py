@@ -1,0 +1,123 @@
+"""How one parameter lies in a checkpoint: its arrays and the entry that describes them.
+
+An array is stored as it is, a `QTensor` as `<name>.codes`, `<name>.scale` and `<name>.zero`. In a
+manifest each array has its shape, dtype and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lowbit_jax.quant.qtensor import QTensor
+from pallas_kernels import packing
+
+
+def store_leaf(
+    path: str, leaf: Any, arrays: dict[str, np.ndarray], archive: bool
+) -> dict[str, Any]:
+    """Add a parameter's arrays to `arrays` and return its manifest entry.
+
+    Args:
+        path: path inside its part, such as "img_attn/qkv/kernel".
+        leaf: array or QTensor.
+        arrays: stored name -> array.
+        archive: store ternary codes five to the byte.
+    """
+    if not isinstance(leaf, QTensor):
+        return {"kind": "array", **_store(path, leaf, arrays)}
+    spec: dict[str, Any] = {
+        "kind": "qtensor",
+        "format": leaf.format,
+        "shape": list(leaf.shape),
+        "group": leaf.group,
+        "act_bits": leaf.act_bits,
+    }
+    codes = leaf.codes
+    if archive and leaf.format == "ternary":
+        codes = packing.pack_trits(packing.unpack(jnp.asarray(codes), 2, leaf.shape[1]))
+        spec["codes_as"] = "trits"
+    spec["codes"] = _store(f"{path}/codes", codes, arrays)
+    spec["scale"] = _store(f"{path}/scale", leaf.scale, arrays)
+    if leaf.zero is not None:
+        spec["zero"] = _store(f"{path}/zero", leaf.zero, arrays)
+    return spec
+
+
+def stored_arrays(specs: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(stored name, {shape, dtype, sha256}) of every array of a part."""
+    for path, spec in specs.items():
+        name = path.replace("/", ".")
+        if spec["kind"] == "array":
+            yield name, spec
+        else:
+            for field in ("codes", "scale", "zero"):
+                if field in spec:
+                    yield f"{name}.{field}", spec[field]
+
+
+def damage(specs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str | None:
+    """What is wrong with the first array that is not what the manifest says; None if all are."""
+    for name, expected in stored_arrays(specs):
+        found = _fingerprint(arrays[name])
+        for key, value in found.items():
+            if value != expected[key]:
+                return f"tensor {name} is damaged ({key} {value}, manifest says {expected[key]})"
+    return None
+
+
+def restore_leaf(path: str, spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+    """Inverse of `store_leaf`."""
+    name = path.replace("/", ".")
+    if spec["kind"] == "array":
+        return arrays[name]
+    codes = arrays[f"{name}.codes"]
+    if spec.get("codes_as") == "trits":
+        trits = packing.unpack_trits(jnp.asarray(codes), spec["shape"][1])
+        codes = np.asarray(packing.pack(trits, 2, pad=1))
+    return _qtensor(spec, codes, arrays[f"{name}.scale"], arrays.get(f"{name}.zero"))
+
+
+def abstract_leaf(spec: Mapping[str, Any]) -> Any:
+    """A parameter as shapes; ternary codes as they are in memory."""
+
+    def shape(field: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(field["shape"]), jnp.dtype(field["dtype"]))
+
+    if spec["kind"] == "array":
+        return shape(spec)
+    codes = shape(spec["codes"])
+    if spec.get("codes_as") == "trits":
+        n, k = spec["shape"]
+        codes = jax.ShapeDtypeStruct((n, packing.packed_size(k, 2)), jnp.uint8)
+    zero = shape(spec["zero"]) if "zero" in spec else None
+    return _qtensor(spec, codes, shape(spec["scale"]), zero)
+
+
+def _store(path: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    array = np.asarray(leaf, order="C")
+    arrays[path.replace("/", ".")] = array
+    return _fingerprint(array)
+
+
+def _fingerprint(array: np.ndarray) -> dict[str, Any]:
+    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(raw).hexdigest()
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
+
+
+def _qtensor(spec: Mapping[str, Any], codes: Any, scale: Any, zero: Any) -> QTensor:
+    return QTensor(
+        codes=codes,
+        scale=scale,
+        zero=zero,
+        format=spec["format"],
+        shape=tuple(spec["shape"]),
+        group=spec["group"],
+        act_bits=spec["act_bits"],
+    )

@@ -1,0 +1,1 @@
+"""Pipelines: encoders, sampler and decoder put together."""

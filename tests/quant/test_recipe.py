@@ -1,0 +1,176 @@
+"""Recipes as data: JSON there and back, precedence of rules, errors that name what is wrong."""
+
+import json
+
+import pytest
+
+from lowbit_jax.quant.recipe import RECIPES, Recipe, RecipeError, Rule, WeightSpec, load_recipe
+
+INT8 = WeightSpec(format="int8", quantizer="absmax")
+LAYERS = [
+    "img_in",
+    *(f"double_blocks/{i}/{name}" for i in range(12) for name in ("img_attn/qkv", "img_mod/lin")),
+    *(f"single_blocks/{i}/linear1" for i in range(3)),
+    "final_layer/linear",
+]
+
+
+def recipe(*matches, **options):
+    """A recipe of one rule for each regular expression; one that starts with '-' keeps floats."""
+    rules = tuple(
+        Rule(match=match.removeprefix("-"), weights=None if match.startswith("-") else INT8)
+        for match in matches
+    )
+    return Recipe(name="test", rules=rules, **options)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_named_recipes_survive_json(name):
+    named = RECIPES[name]
+    assert named.name == name
+    assert named.description
+    text = json.dumps(named.to_json())
+    assert Recipe.from_json(json.loads(text)) == named
+    assert load_recipe(name) is named
+
+
+def test_every_field_survives_json(tmp_path):
+    spec = WeightSpec(format="int4", quantizer="mse", granularity=64)
+    rules = (
+        Rule(match="a/.*", weights=None),
+        Rule(match="b", weights=spec, act_bits=6),
+        Rule(
+            match="c", weights=WeightSpec(format="ternary", quantizer="twn", granularity="tensor")
+        ),
+    )
+    original = Recipe(name="mixed", rules=rules, on_nonfinite="keep", description="é, \n")
+    data = original.to_json()
+    assert data["rules"][1]["weights"]["granularity"] == 64
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(data))
+    assert load_recipe(file) == load_recipe(str(file)) == original
+
+
+def test_what_a_file_leaves_out_has_defaults():
+    data = {"name": "x", "rules": [{"match": "a", "weights": None}]}
+    assert Recipe.from_json(data) == Recipe(name="x", rules=(Rule(match="a", weights=None),))
+    assert Recipe.from_json({"name": "x"}) == Recipe(name="x")
+
+
+WEIGHTS = {"format": "int8", "quantizer": "absmax"}
+
+
+def rule_json(weights=None, **fields):
+    return {"name": "x", "rules": [{"match": "a", "weights": weights} | fields]}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "recipe: expected an object, found list"),
+        ("w8a8", "recipe: expected an object, found str"),
+        ({}, r"recipe: unknown fields \[\], missing fields \['name'\]"),
+        ({"name": "x", "rule": []}, r"recipe: unknown fields \['rule'\]"),
+        ({"name": "x", "rules": {"match": "a"}}, "rules: expected a list, found dict"),
+        ({"name": "x", "rules": None}, "rules: expected a list, found NoneType"),
+        ({"name": "x", "rules": ["a"]}, "rule 0: expected an object, found str"),
+        ({"name": "x", "rules": [{"match": "a"}]}, r"rule 0: .*missing fields \['weights'\]"),
+        (rule_json(WEIGHTS, bits=8), r"rule 0: unknown fields \['bits'\]"),
+        (rule_json("int8"), "rule 0, weights: expected an object, found str"),
+        (rule_json({"format": "int8"}), r"rule 0, weights: .*missing fields \['quantizer'\]"),
+        (rule_json(WEIGHTS | {"axis": 0}), r"rule 0, weights: unknown fields \['axis'\]"),
+        (
+            rule_json(WEIGHTS | {"format": "int5"}),
+            "format 'int5' is none of int8, int6, int4, ternary",
+        ),
+        (rule_json(WEIGHTS | {"quantizer": "twn"}), "quantizer 'twn' of int8 is none of absmax"),
+        (
+            rule_json(WEIGHTS | {"format": "ternary"}),
+            "quantizer 'absmax' of ternary is none of absmean, twn, least_squares",
+        ),
+        (rule_json(match="["), r"rule '\[' is not a regular expression: unterminated"),
+        (rule_json(match=3), "match 3 is not a string"),
+        (rule_json(act_bits=8), "rule 'a': act_bits 8 needs quantised weights"),
+        (rule_json(WEIGHTS, act_bits=9), "rule 'a': act_bits 9 outside 2..8"),
+        (rule_json(WEIGHTS, act_bits=1), "rule 'a': act_bits 1 outside 2..8"),
+        (rule_json(WEIGHTS, act_bits="8"), "rule 'a': act_bits '8' outside 2..8"),
+        (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
+        (
+            {"name": "x", "on_nonfinite": "warn"},
+            "on_nonfinite 'warn' is neither 'error' nor 'keep'",
+        ),
+    ],
+)
+def test_malformed_recipes_say_what_and_where(data, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_json(data)
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(RecipeError, match=f"recipe file .*mine.json: .*{message}"):
+        load_recipe(file)
+
+
+@pytest.mark.parametrize("granularity", ("row", 0, -64, True, 1.5, None))
+def test_granularities_that_are_none_are_named(granularity):
+    with pytest.raises(RecipeError, match=f"granularity {granularity!r} is neither"):
+        WeightSpec(format="int8", quantizer="absmax", granularity=granularity)
+
+
+def test_recipes_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(RecipeError, match="'w8a9' is neither a file nor one of: .*w8a8.*1.58bit"):
+        load_recipe("w8a9")
+    with pytest.raises(RecipeError, match="is neither a file"):
+        load_recipe(tmp_path)
+    broken = tmp_path / "broken.json"
+    for content in (b'{"name": ', b"\xff\xfe\x00"):
+        broken.write_bytes(content)
+        with pytest.raises(RecipeError, match="recipe file .*broken.json is not JSON"):
+            load_recipe(broken)
+
+
+def test_the_first_rule_that_matches_decides():
+    mixed = recipe(r"double_blocks/0/.*", r"-.*/img_mod/.*", r"double_blocks/.*")
+    chosen = mixed.assign(LAYERS)
+    assert list(chosen) == LAYERS
+    assert chosen["double_blocks/0/img_mod/lin"] == 0
+    assert mixed.rule_for("double_blocks/1/img_mod/lin") == 1
+    assert chosen["double_blocks/1/img_mod/lin"] is None  # that rule keeps floats
+    assert chosen["double_blocks/1/img_attn/qkv"] == 2
+    assert chosen["single_blocks/0/linear1"] is None
+    assert chosen["img_in"] is None
+
+
+def test_a_rule_must_match_the_whole_path():
+    chosen = recipe(r"double_blocks/1/.*").assign(LAYERS)
+    decided = [layer for layer, rule in chosen.items() if rule == 0]
+    assert decided == ["double_blocks/1/img_attn/qkv", "double_blocks/1/img_mod/lin"]
+    assert recipe(r"qkv").rule_for("double_blocks/1/img_attn/qkv") is None
+
+
+def test_rules_that_decide_nothing_are_all_named():
+    """One that matches nothing, and one whose layers are all taken by rules before it."""
+    mixed = recipe(r"double_blocks/.*", r"triple_blocks/.*", r".*/img_mod/.*", r"img_in")
+    with pytest.raises(RecipeError) as error:
+        mixed.assign(LAYERS)
+    message = str(error.value)
+    assert "recipe 'test'" in message
+    assert "'triple_blocks/.*', '.*/img_mod/.*'" in message
+    assert "double_blocks/.*', " not in message.replace("'triple_blocks/.*', ", "")
+    assert "img_in" not in message
+    assert "layers look like 'double_blocks/" in message
+
+
+def test_no_layers_and_no_rules():
+    assert recipe().assign(LAYERS) == dict.fromkeys(LAYERS)
+    assert recipe().assign([]) == {}
+    with pytest.raises(RecipeError, match=r"no kernel is decided by rule\(s\) 'a'$"):
+        recipe("a").assign([])
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "float"])
+def test_named_recipes_decide_every_linear_of_every_block_and_no_other(name):
+    chosen = RECIPES[name].assign(LAYERS)
+    assert {layer for layer, rule in chosen.items() if rule is None} == {
+        "img_in",
+        "final_layer/linear",
+    }

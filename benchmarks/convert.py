@@ -3,18 +3,19 @@
     python -m benchmarks.convert --blocks 2 4 --recipe flux-1.58bit
 
 Writes a FLUX of the published width but fewer blocks, with random weights and sharded like the
-published one, and converts it with `python -m convert` in a process of its own. The time is the whole
-command's, start and digests included. The source has just been written, so the system may still hold
-it in memory: reading from a slower disk comes on top.
+published one, and converts it with `python -m convert` in a process of its own. The time is the
+whole command's, start and digests included. The source has just been written, so the system may
+still hold it in memory: reading from a slower disk comes on top.
 
 "Overhead" is the peak resident memory less the bytes written: what conversion needs besides its
-output. The converter holds one layer at a time, never the whole output, so it is the peak itself that
-must stay the same for a deeper model.
+output. The converter holds two layers at a time, one being written and one being converted, and
+never the whole output, so it is the peak itself that must stay the same for a deeper model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -71,6 +73,7 @@ class Result:
 
     Attributes:
         seconds: the whole command, from start to exit.
+        cpu_seconds: what it used of all processors together; steadier on a busy machine.
         peak: largest resident memory, mapped pages of the source included.
         planned: what the converter's plan said the peak would be.
         source: bytes of the tensors read.
@@ -78,6 +81,7 @@ class Result:
     """
 
     seconds: float
+    cpu_seconds: float
     peak: int
     planned: int
     source: int
@@ -152,7 +156,7 @@ def convert(source: Path, out: Path, recipe: str) -> Result:
         source_bytes = checkpoint.total_bytes
         planned = plan(checkpoint, load_recipe(recipe)).peak_bytes()
     command = [sys.executable, "-m", "convert", str(source), "--recipe", recipe, "--out", str(out)]
-    start, peak = time.perf_counter(), 0
+    cpu_before, start, peak = children_cpu_seconds(), time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = max(peak, resident_peak(process.pid))
@@ -162,8 +166,19 @@ def convert(source: Path, out: Path, recipe: str) -> Result:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
     output = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return Result(
-        seconds=seconds, peak=peak, planned=planned, source=source_bytes, output=output
+        seconds=seconds,
+        cpu_seconds=children_cpu_seconds() - cpu_before,
+        peak=peak,
+        planned=planned,
+        source=source_bytes,
+        output=output,
     )
+
+
+def children_cpu_seconds() -> float:
+    """User and system time of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def resident_peak(pid: int) -> int:
@@ -182,8 +197,11 @@ def resident_peak(pid: int) -> int:
 def show(result: Result, options: Options) -> None:
     """Print the table and the figure line."""
     double, single = options.blocks
-    title = f"{double}+{single} blocks, width {options.hidden}, {options.layout}, {options.recipe}"
-    table = Table("", title=title)
+    print(
+        f"{double} double and {single} single blocks of width {options.hidden}, "
+        f"{options.layout} layout, recipe {options.recipe}"
+    )
+    table = Table("", box=box.SIMPLE)
     table.add_column("MB", justify="right")
     overhead = result.peak - result.output
     for name, size in (
@@ -195,11 +213,11 @@ def show(result: Result, options: Options) -> None:
     ):
         table.add_row(name, f"{size / 1e6:,.1f}")
     Console().print(table)
-    print(f"{result.seconds:.1f} s, start and digests included")
+    print(f"{result.seconds:.1f} s, {result.cpu_seconds:.1f} s of processor time")
     print(
         f"figure: convert_MBps={result.source / result.seconds / 1e6:.1f} "
         f"overhead_MB={overhead / 1e6:.1f} peak_rss_MB={result.peak / 1e6:.1f} "
-        f"planned_MB={result.planned / 1e6:.1f}"
+        f"planned_MB={result.planned / 1e6:.1f} cpu_s={result.cpu_seconds:.1f}"
     )
 
 

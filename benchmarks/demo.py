@@ -148,10 +148,10 @@ def attribute_accuracy(sprites: nouns.Sprites | None, pictures, prompts: Prompts
 
 def results_table(results: list[Result]) -> Table:
     """The report for the terminal."""
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("recipe", no_wrap=True)
-    for heading in ("MB", "ratio", "bits", "PSNR", "SSIM", *nouns.KINDS, "s/pic"):
-        table.add_column(heading[:6], justify="right", no_wrap=True)
+    for heading in ("MB", "ratio", "bits", "PSNR", "SSIM", *(k[:5] for k in nouns.KINDS), "s/pic"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for r in results:
         shares = [f"{100 * r.accuracy[k]:.0f}%" if r.accuracy else "-" for k in nouns.KINDS]
         psnr = "same" if r.psnr is None else f"{r.psnr:.1f}"

@@ -1,6 +1,6 @@
-"""What FLUX.1 takes under every named recipe: exact bytes, from shapes alone; no weights are needed.
+"""What FLUX.1 takes under every named recipe: `python -m benchmarks.storage`.
 
-    python -m benchmarks.storage
+Exact bytes, from shapes alone; no weights are needed.
 """
 
 from __future__ import annotations

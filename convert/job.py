@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -18,6 +20,7 @@ from convert.registry import SOURCES, recognise
 from convert.table import Layout, Leaf, check, expand, read_leaf, release_leaf
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize, quantize_weight
@@ -25,6 +28,8 @@ from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quanti
 # measured: jax, orbax and their buffers before a weight is read; float32 temporaries of a leaf
 BASE_BYTES = 400e6
 LEAF_TEMPORARIES = 5
+ROWS = 256  # quantised at a time: bounds the temporaries, and few shapes have to be compiled
+THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,8 @@ def run(
 
     Args:
         job: see `plan`.
-        write: takes finished parts: `checkpoint.Writer.write`, or something that collects them.
+        write: takes finished parts: `checkpoint.Writer.write`, or something that collects them;
+            called in order, in another thread, while the next part is converted.
         progress: called with the parameter's path and the source bytes just done; what it raises
             ends the conversion.
 
@@ -119,17 +125,21 @@ def run(
     """
     keep = job.recipe.on_nonfinite == "keep"
     bad: list[str] = []
-    for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
-        done: Part = {}
-        for leaf in leaves:
-            done[leaf.path], finite = _convert(job, leaf, keep)
-            name = f"{part}/{leaf.path}"
-            if not finite:
-                bad.append(name)
-            progress(name, sum(job.checkpoint.info(source).nbytes for source in leaf.sources))
-            release_leaf(job.checkpoint, leaf)
-        if keep or not bad:
-            write(part, done)
+    with ThreadPoolExecutor(1) as background:
+        written = background.submit(lambda: None)
+        for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
+            done: Part = {}
+            for leaf in leaves:
+                done[leaf.path], finite = _convert(job, leaf, keep)
+                name = f"{part}/{leaf.path}"
+                if not finite:
+                    bad.append(name)
+                progress(name, sum(job.checkpoint.info(source).nbytes for source in leaf.sources))
+                release_leaf(job.checkpoint, leaf)
+            written.result()  # one part is written at a time, while the next is converted
+            if keep or not bad:
+                written = background.submit(write, part, done)
+        written.result()
     if bad and not keep:
         raise NonFiniteError(nonfinite_message(bad, job.recipe))
     return bad
@@ -152,21 +162,38 @@ def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     if rule is not None:
         tensor, finite = _quantize_leaf(array, rule)
         if finite or not keep:
-            return jax.device_get(tensor), bool(finite)
-    value, finite = _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
-    return np.asarray(value), bool(finite)
+            return tensor, finite
+    return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
+
+
+def _quantize_leaf(array: np.ndarray, rule: Rule) -> tuple[QTensor, bool]:
+    """Quantise a matrix (n, k), some rows at a time unless all share a scale."""
+    assert rule.weights is not None
+    rows = len(array) if rule.weights.granularity == "tensor" else ROWS
+    pieces = [array[start : start + rows] for start in range(0, len(array), rows)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = list(pool.map(lambda piece: jax.device_get(_quantize_rows(piece, rule)), pieces))
+    tensors = [dataclasses.replace(tensor, shape=array.shape) for tensor, _ in done]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *tensors)
+    return whole, all(bool(finite) for _, finite in done)
 
 
 @partial(jax.jit, static_argnames="rule")
-def _quantize_leaf(array: jax.Array, rule: Rule):
+def _quantize_rows(array: jax.Array, rule: Rule):
     return quantize_weight(array, rule), jnp.isfinite(array).all()
 
 
-@partial(jax.jit, static_argnames=("dtype", "transpose"))
-def _port_leaf(array: jax.Array, dtype: Any, transpose: bool):
-    # checked after the cast: a float32 value beyond float16's range is not finite there
-    cast = array.astype(dtype)
-    return (cast.T if transpose else cast), jnp.isfinite(cast).all()
+def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarray, bool]:
+    """A copy in another dtype, a kernel turned to (k, n), and whether all of it is finite."""
+    value = np.empty(array.shape[::-1] if transpose else array.shape, dtype)
+    rows = value.T if transpose else value
+    finite = True
+    for start in range(0, len(array), ROWS):  # in numpy: nothing to compile for every shape
+        with np.errstate(over="ignore", invalid="ignore"):
+            rows[start : start + ROWS] = cast = array[start : start + ROWS].astype(dtype)
+        # checked after the cast: a float32 value beyond float16's range is not finite there
+        finite = finite and bool(np.isfinite(cast).all())
+    return value, finite
 
 
 def _layer_path(leaf: Leaf) -> str:

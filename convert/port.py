@@ -6,7 +6,6 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from convert.checkpoint_files import open_checkpoint
@@ -31,7 +30,7 @@ def port(
         dtype: of parameters that stay in floating point.
 
     Returns:
-        The same as `lowbit_jax.checkpoint.load` gives for a converted folder; its manifest is empty.
+        What `lowbit_jax.checkpoint.load` gives for a converted folder; the manifest is empty.
 
     Raises:
         CheckpointError, RecipeError, NonFiniteError: see `convert.job`.
@@ -42,7 +41,7 @@ def port(
         job = plan(checkpoint, recipe, model=model, dtype=dtype)
         run(job, lambda name, part: parts.append((name, part)))
     return SavedModel(
-        params=jax.tree.map(jnp.asarray, assemble(parts)),
+        params=assemble(parts),
         model=job.model,
         config=dataclasses.asdict(job.config),
         recipe=recipe,

@@ -25,8 +25,8 @@ from lowbit_jax.evaluation.nouns_assets import SIZE, decode_rle, fetch_sprites
 KINDS = ("body", "accessory", "head", "glasses")
 
 # SUBSET: how many of the usable sprites are used, in the package's order (None: all).
-HEADS: int | None = None
-ACCESSORIES: int | None = None
+HEADS: int | None = 128
+ACCESSORIES: int | None = 48
 # An accessory is usable if it and the body can both be seen beneath this share of the heads.
 MIN_VISIBLE_PIXELS = 4
 VISIBLE_SHARE = 0.95

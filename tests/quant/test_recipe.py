@@ -144,7 +144,8 @@ def test_a_rule_must_match_the_whole_path():
     chosen = recipe(r"double_blocks/1/.*").assign(LAYERS)
     decided = [layer for layer, rule in chosen.items() if rule == 0]
     assert decided == ["double_blocks/1/img_attn/qkv", "double_blocks/1/img_mod/lin"]
-    assert recipe(r"qkv").rule_for("double_blocks/1/img_attn/qkv") is None
+    for part in ("qkv", "double_blocks", r"double_blocks/1/.*/"):
+        assert recipe(part).rule_for("double_blocks/1/img_attn/qkv") is None
 
 
 def test_rules_that_decide_nothing_are_all_named():

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from benchmarks.nouns_pool import MAX_LEN, Pool
 from lowbit_jax.evaluation import nouns
 from lowbit_jax.models.flux import FluxConfig, FluxTransformer, image_ids, text_ids
+from lowbit_jax.samplers import flow_euler
 
 SHIFT = 3.0
 SAMPLE_STEPS = 20
@@ -86,17 +87,12 @@ def flow_loss(velocity, params, key, images, txt, pooled) -> Float[Array, ""]:
 
 
 def make_sampler(velocity, steps: int = SAMPLE_STEPS):
-    """`sample(params, noise [b, 64, 48], txt, pooled)`: Euler steps over shifted times 1 to 0."""
-    times = shift_time(jnp.linspace(1.0, 0.0, steps + 1))
+    """`sample(params, noise [b, 64, 48], txt, pooled)`: Euler steps of the shifted schedule."""
+    sigmas = flow_euler.FlowSchedule(shift=SHIFT).sigmas(steps, 64)
 
     @jax.jit
     def sample(params, noise, txt, pooled):
-        def step(x, span):
-            now, after = span
-            v = velocity(params, x, jnp.full(len(x), now), txt, pooled)
-            return x + (after - now) * v, None
-
-        return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+        return flow_euler.sample(lambda x, t: velocity(params, x, t, txt, pooled), noise, sigmas)
 
     return sample
 

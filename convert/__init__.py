@@ -1,1 +1,1 @@
-"""PyTorch checkpoints to Flax parameter trees: readers, name tables, `port`, `convert_and_quantize`."""
+"""PyTorch checkpoints to Flax trees: readers, name tables, `port`, `convert_and_quantize`."""

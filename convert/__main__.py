@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
 
 def _convert(job: Job, arguments: Arguments, console: Console) -> None:
     assert arguments.out is not None
+    folder = Path(os.path.realpath(arguments.out))  # "." is another folder once it is replaced
     start = time.perf_counter()
     with Writer(arguments.out, overwrite=arguments.overwrite, archive=arguments.archive) as writer:
         with _progress(console) as bars:
@@ -108,7 +110,7 @@ def _convert(job: Job, arguments: Arguments, console: Console) -> None:
         names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
         console.print(f"NaN or inf kept, in floating point: {names}", soft_wrap=True)
     after = size_report(abstract_parts({"parts": writer.parts})).after
-    written = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     source = job.checkpoint.total_bytes
     console.print(
         f"{arguments.out}: {source / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB in memory "

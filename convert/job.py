@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,9 +25,11 @@ from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize, quantize_weight
 
-# measured: jax, orbax and their buffers before a weight is read; float32 temporaries of a leaf
+# measured with benchmarks/convert.py: jax, orbax and their buffers before a weight is read; float32
+# temporaries of the rows being quantised; a part being made, one being written, orbax's buffers
 BASE_BYTES = 400e6
-LEAF_TEMPORARIES = 5
+ROW_TEMPORARIES = 5
+PARTS_IN_MEMORY = 3.5
 ROWS = 256  # quantised at a time: bounds the temporaries, and few shapes have to be compiled
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -64,10 +66,16 @@ class Job:
         return size_report(iter_parts(self.abstract), float_bytes=width, archive=archive)
 
     def peak_bytes(self) -> int:
-        """Estimated peak memory: one leaf with its temporaries and one layer being written."""
-        leaf = max(np.prod(leaf.shape, dtype=np.int64) for leaf in self.leaves) * 4
-        sizes = [size_report([part]).after for part in iter_parts(self.abstract)]
-        return int(BASE_BYTES + LEAF_TEMPORARIES * leaf + 4 * max(sizes))
+        """Estimated peak memory, from shapes; see the constants above."""
+        leaf = max(_source_bytes(self.checkpoint, leaf) for leaf in self.leaves)
+        rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
+        part = max(size_report([part]).after for part in iter_parts(self.abstract))
+        # a leaf twice: the pages read, and the matrix fused from them
+        return int(BASE_BYTES + 2 * leaf + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
+
+    def rule(self, leaf: Leaf) -> Rule | None:
+        """How a leaf is quantised; None when it stays in floating point."""
+        return self.rules[_layer_path(leaf)] if leaf.is_kernel else None
 
 
 def plan(
@@ -126,7 +134,7 @@ def run(
     keep = job.recipe.on_nonfinite == "keep"
     bad: list[str] = []
     with ThreadPoolExecutor(1) as background:
-        written = background.submit(lambda: None)
+        written: Future[object] = background.submit(lambda: None)
         for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
             done: Part = {}
             for leaf in leaves:
@@ -134,7 +142,7 @@ def run(
                 name = f"{part}/{leaf.path}"
                 if not finite:
                     bad.append(name)
-                progress(name, sum(job.checkpoint.info(source).nbytes for source in leaf.sources))
+                progress(name, _source_bytes(job.checkpoint, leaf))
                 release_leaf(job.checkpoint, leaf)
             written.result()  # one part is written at a time, while the next is converted
             if keep or not bad:
@@ -158,7 +166,7 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
 
 def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     array = read_leaf(job.checkpoint, leaf)
-    rule = job.rules[_layer_path(leaf)] if leaf.is_kernel else None
+    rule = job.rule(leaf)
     if rule is not None:
         tensor, finite = _quantize_leaf(array, rule)
         if finite or not keep:
@@ -167,15 +175,26 @@ def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
 
 
 def _quantize_leaf(array: np.ndarray, rule: Rule) -> tuple[QTensor, bool]:
-    """Quantise a matrix (n, k), some rows at a time unless all share a scale."""
-    assert rule.weights is not None
-    rows = len(array) if rule.weights.granularity == "tensor" else ROWS
+    """Quantise a matrix (n, k), some rows at a time and side by side."""
+    rows = _rows_at_once(len(array), rule)
     pieces = [array[start : start + rows] for start in range(0, len(array), rows)]
     with ThreadPoolExecutor(THREADS) as pool:
         done = list(pool.map(lambda piece: jax.device_get(_quantize_rows(piece, rule)), pieces))
     tensors = [dataclasses.replace(tensor, shape=array.shape) for tensor, _ in done]
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *tensors)
     return whole, all(bool(finite) for _, finite in done)
+
+
+def _rows_at_once(n: int, rule: Rule) -> int:
+    return n if rule.weights is not None and rule.weights.granularity == "tensor" else ROWS
+
+
+def _float_bytes_at_once(leaf: Leaf, rule: Rule | None) -> int:
+    """Bytes, as float32, of the rows of a leaf that are being quantised at the same time."""
+    if rule is None:
+        return 0
+    n, k = leaf.shape
+    return 4 * k * min(n, THREADS * _rows_at_once(n, rule))
 
 
 @partial(jax.jit, static_argnames="rule")
@@ -194,6 +213,10 @@ def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarr
         # checked after the cast: a float32 value beyond float16's range is not finite there
         finite = finite and bool(np.isfinite(cast).all())
     return value, finite
+
+
+def _source_bytes(checkpoint: Checkpoint, leaf: Leaf) -> int:
+    return sum(checkpoint.info(name).nbytes for name in leaf.sources)
 
 
 def _layer_path(leaf: Leaf) -> str:

@@ -61,6 +61,9 @@ __all__ = [
 
 FORMAT_VERSION = 1
 
+# asyncio logs, when it forgets them, the failed reads beside the one that was raised
+logging.getLogger("asyncio").addFilter(lambda r: "tensorstore_spec" not in r.getMessage())
+
 
 class SavedModelError(ValueError):
     """A saved model that is missing, incomplete, damaged or of another version."""
@@ -235,7 +238,9 @@ def load(folder: str | os.PathLike, *, verify: bool = True) -> SavedModel:
     """
     manifest = read_manifest(folder)
     try:
-        parts = ((name, read_part(folder, manifest, name, verify)) for name in manifest["parts"])
+        parts = (
+            (name, read_part(folder, manifest, name, verify)) for name in manifest["parts"].keys()
+        )
         return SavedModel(
             params=assemble(parts),
             model=manifest["model"],
@@ -349,13 +354,16 @@ def _orbax() -> ocp.Checkpointer:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns about what is meant here, and logs the traceback of what it raises anyway."""
+    """Keep orbax from warning about what is meant here, and from logging what it raises anyway."""
     logger = logging.getLogger("absl")
     level, hook = logger.level, sys.unraisablehook
     logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda event: None  # of writes that end after the one that failed
+    sys.unraisablehook = lambda event: None
     try:
         yield
+    except BaseException:
+        time.sleep(0.2)  # what else was under way ends and finds nobody to tell
+        raise
     finally:
         logger.setLevel(level)
         sys.unraisablehook = hook

@@ -107,7 +107,7 @@ def _store(path: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any
 
 def _fingerprint(array: np.ndarray) -> dict[str, Any]:
     raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    digest = hashlib.sha256(raw).hexdigest()
+    digest = hashlib.sha256(raw.data).hexdigest()
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
 
 

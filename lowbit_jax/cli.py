@@ -87,7 +87,7 @@ def inspect(command: Inspect, console: Console) -> None:
 def list_recipes(console: Console) -> None:
     """Print name and meaning of every named recipe."""
     for recipe in RECIPES.values():
-        console.print(f"{recipe.name:18}{recipe.description}")
+        console.print(f"{recipe.name:18}{recipe.description}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -203,9 +203,9 @@ def test_a_stack_initialises_every_layer_differently():
 @pytest.mark.parametrize(
     ("segments", "length", "message"),
     [
-        ({"0": 2, "3": 1}, 4, "blocks: segment '3' follows layer 1; expected '2'"),
-        ({"0": 2, "1": 2}, 4, "blocks: segment '1' follows layer 1; expected '2'"),
-        ({"1": 2}, 2, "blocks: segment '1' follows layer -1; expected '0'"),
+        ({"0": 2, "3": 1}, 4, "blocks: segment '3' stands where layer 2 begins"),
+        ({"0": 2, "1": 2}, 4, "blocks: segment '1' stands where layer 2 begins"),
+        ({"1": 2}, 2, "blocks: segment '1' stands where layer 0 begins"),
         ({"0": 2, "2": 1}, 4, "blocks: parameters hold 3 layers, the model has 4"),
         ({"0": 5}, 4, "blocks: parameters hold 5 layers, the model has 4"),
     ],

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers
 
-LEARNING_RATES = {"adamw": 1e-3, "muon": 1e-3}
+LEARNING_RATES = {"adamw": 1e-3, "muon": 2e-3}
 EMA_DECAY = 0.999
 
 
@@ -19,8 +19,8 @@ EMA_DECAY = 0.999
 class OptimOptions:
     """Optimiser and its schedule."""
 
-    steps: int = 3000
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    steps: int = 1000
+    optimizer: Literal["adamw", "muon"] = "muon"
     lr: float | None = None
     """Learning rate of the plateau; default by optimiser."""
     warmup: int = 150

@@ -60,9 +60,9 @@ class Options:
     depth_single: int = 4
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of activations and products; parameters and accumulation are float32."""
-    pool: int = 32768
+    pool: int = 16384
     """Number of training captions."""
-    eval_every: int = 250
+    eval_every: int = 200
     eval_captions: int = 128
     checkpoint_minutes: float = 5.0
     cache: Path = default_cache()

@@ -1,21 +1,27 @@
-"""The way back: a parameter tree to the source ecosystem's files (diffusers layout)."""
+"""The way back: a converted model to the source ecosystem's files (diffusers layout).
+
+`export_diffusers DIR --out FOLDER` for a folder that convert_and_quantize wrote.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from convert.registry import SOURCES
 from convert.safetensors import write_sharded
 from convert.table import expand, split_leaf
-from lowbit_jax.checkpoint import OutputError, iter_parts
-from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.checkpoint import OutputError, iter_parts, load
+from lowbit_jax.models.registry import NETWORKS, read_config
 from lowbit_jax.quant.qtensor import QTensor
 
 
@@ -79,3 +85,34 @@ def _to_source(value: Any, is_kernel: bool, dtype: Any) -> np.ndarray:
         return np.asarray(value.dequantize(dtype))
     array = jnp.asarray(value, dtype)
     return np.asarray(array.T if is_kernel else array)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write a converted model in diffusers' layout; quantised matrices become floating point."""
+
+    folder: tyro.conf.Positional[Path]
+    """A folder written by convert_and_quantize."""
+    out: Path
+    """Folder to write; must not exist, or be empty."""
+    dtype: Literal["bf16", "f32"] = "bf16"
+    """Of the tensors."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    arguments = tyro.cli(Arguments, args=argv, prog="export_diffusers")
+    dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[arguments.dtype]
+    try:
+        saved = load(arguments.folder)
+        config = read_config(saved.model, saved.config)
+        export_diffusers(arguments.out, saved.params, saved.model, config, dtype=dtype)
+    except (ValueError, OSError) as error:
+        print(f"export_diffusers: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.out}: {saved.model}, recipe '{saved.recipe.name}', for diffusers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

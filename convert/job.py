@@ -26,10 +26,10 @@ from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize, quantize_weight
 
 # measured with benchmarks/convert.py: jax, orbax and their buffers before a weight is read; float32
-# temporaries of the rows being quantised; a part being made, one being written, orbax's buffers
+# temporaries of the rows being quantised; a part being made, one being written, and in orbax twice
 BASE_BYTES = 400e6
 ROW_TEMPORARIES = 5
-PARTS_IN_MEMORY = 3.5
+PARTS_IN_MEMORY = 4
 ROWS = 256  # quantised at a time: bounds the temporaries, and few shapes have to be compiled
 THREADS = min(4, os.cpu_count() or 1)
 

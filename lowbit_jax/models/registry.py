@@ -34,15 +34,24 @@ NETWORKS = {
 }
 
 
-def build(name: str, config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
-    """The module of a saved model, from the `model` and `config` of its manifest.
+def read_config(name: str, fields: Mapping[str, Any]) -> Any:
+    """The config object of a network from JSON-able fields, as a manifest has them.
 
     Raises:
         ValueError: an unknown network.
     """
     if name not in NETWORKS:
         raise ValueError(f"model '{name}' is none of: {', '.join(NETWORKS)}")
-    network = NETWORKS[name]
     # JSON has no tuples
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-    return network.module(network.config(**fields), dtype)
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return NETWORKS[name].config(**values)
+
+
+def build(name: str, config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
+    """The module of a saved model, from the `model` and `config` of its manifest.
+
+    Raises:
+        ValueError: an unknown network.
+    """
+    fields = read_config(name, config)
+    return NETWORKS[name].module(fields, dtype)

@@ -46,7 +46,7 @@ class Job:
         recipe: how to quantise.
         dtype: dtype of the parameters that stay in floating point.
         leaves: what to read, part by part.
-        rules: deciding rule of each layer path; None keeps the kernel.
+        rules: how each layer path is quantised; None keeps the kernel.
         abstract: the output tree as shapes, if every weight is finite.
     """
 
@@ -96,8 +96,6 @@ def plan(
     leaves = expand(layout, config, shapes)
     check(checkpoint, leaves, f"{model} ({layout.name} layout)")
     kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
-    chosen = recipe.assign(kernels)
-    rules = {path: None if rule is None else recipe.rules[rule] for path, rule in chosen.items()}
     return Job(
         checkpoint=checkpoint,
         model=model,
@@ -106,7 +104,7 @@ def plan(
         recipe=recipe,
         dtype=dtype,
         leaves=leaves,
-        rules=rules,
+        rules=recipe.assign(kernels),
         abstract=jax.eval_shape(partial(quantize, recipe=recipe), params),
     )
 

@@ -104,29 +104,31 @@ class Recipe:
         if self.on_nonfinite not in ("error", "keep"):
             raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
 
-    def rule_for(self, layer: str) -> int | None:
-        """Index of the rule that decides for a layer path; None when the kernel stays as it is."""
-        for index, rule in enumerate(self.rules):
-            if re.fullmatch(rule.match, layer):
-                return index
-        return None
+    def rule_for(self, layer: str) -> Rule | None:
+        """The rule that decides for a layer path: the first that matches, None if none does."""
+        index = self._first_match(layer)
+        return None if index is None else self.rules[index]
 
-    def assign(self, layers: list[str]) -> dict[str, int | None]:
-        """The deciding rule of each layer path; None for those that stay in floating point.
+    def assign(self, layers: list[str]) -> dict[str, Rule | None]:
+        """How each layer path is quantised; None for those that stay in floating point.
 
         Raises:
             RecipeError: some rules decide nothing; names all of them and an example of a path.
         """
-        chosen = {layer: self.rule_for(layer) for layer in layers}
-        idle = [rule.match for i, rule in enumerate(self.rules) if i not in set(chosen.values())]
+        deciding = {self._first_match(layer) for layer in layers}
+        idle = [rule.match for index, rule in enumerate(self.rules) if index not in deciding]
         if idle:
             example = f"; layers look like '{layers[len(layers) // 2]}'" if layers else ""
             raise RecipeError(
                 f"recipe '{self.name}': no kernel is decided by rule(s) "
                 f"{', '.join(map(repr, idle))}{example}"
             )
-        floats = {i for i, rule in enumerate(self.rules) if rule.weights is None}
-        return {layer: None if i in floats else i for layer, i in chosen.items()}
+        chosen = {layer: self.rule_for(layer) for layer in layers}
+        return {layer: rule if rule and rule.weights else None for layer, rule in chosen.items()}
+
+    def _first_match(self, layer: str) -> int | None:
+        matches = (i for i, rule in enumerate(self.rules) if re.fullmatch(rule.match, layer))
+        return next(matches, None)
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict; `Recipe.from_json` is the inverse."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ class NonFiniteError(ValueError):
     """Weights with NaN or inf; the message names the parameters."""
 
 
-def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[str, Any]:
+def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
     """Replace kernels by `QTensor`s as a recipe says; everything else is kept as it is.
 
     Pure: works under `jit`, `vmap` and `jax.eval_shape` (a plan that costs no memory). Stacked
@@ -39,7 +38,6 @@ def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[s
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
         recipe: what to do.
-        keep: layer paths whose kernels stay in floating point whatever the recipe says.
 
     Raises:
         RecipeError: a rule that decides nothing.
@@ -47,42 +45,42 @@ def quantize(params: Tree, recipe: Recipe, keep: Collection[str] = ()) -> dict[s
         NonFiniteError: a NaN or inf in a kernel to be quantised, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
-    chosen: dict[str, int | None] = dict(recipe.assign(layer_paths(params)))
+    chosen = recipe.assign(layer_paths(params))
     _check_unquantized(params, chosen)
-    for layer in (*keep, *_nonfinite_layers(params, chosen, recipe)):
-        chosen[layer] = None
+    chosen |= dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
 
     def treat(path: tuple[str, ...], kernel):
         rule = chosen["/".join(path)]
-        return kernel if rule is None else quantize_kernel(kernel, recipe.rules[rule])
-
-    def treatment(rule: int | None):
-        return rule if rule is None else (recipe.rules[rule].weights, recipe.rules[rule].act_bits)
+        return kernel if rule is None else quantize_kernel(kernel, rule)
 
     def treat_stack(path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for first, length, tree in segments(stack):
             linears = [linear for linear, _ in kernels(tree)]
-            deciding = [
-                [chosen["/".join((*path, str(first + i), *linear))] for linear in linears]
+            rules = [
+                {linear: chosen["/".join((*path, str(first + i), *linear))] for linear in linears}
                 for i in range(length)
             ]
-            for start, stop in runs([[treatment(rule) for rule in layer] for layer in deciding]):
-                rules = dict(zip(linears, deciding[start], strict=True))
+            for start, stop in runs([[_treatment(r) for r in layer.values()] for layer in rules]):
                 out[str(first + start)] = map_kernels(
-                    slice_layers(tree, start, stop), partial(_treat_stacked, rules, recipe)
+                    slice_layers(tree, start, stop), partial(_treat_stacked, rules[start])
                 )
         return out
 
     return map_stacks(params, treat_stack, treat)
 
 
-def _treat_stacked(rules: dict, recipe: Recipe, linear: tuple[str, ...], kernel):
+def _treatment(rule: Rule | None) -> Any:
+    """What two rules must share for their layers to be stacked."""
+    return rule and (rule.weights, rule.act_bits)
+
+
+def _treat_stacked(rules: dict, linear: tuple[str, ...], kernel):
     rule = rules[linear]
     if rule is None:
         return kernel
     # one layer at a time: the temporaries of a quantiser are several times its input
-    return jax.lax.map(partial(quantize_kernel, rule=recipe.rules[rule]), kernel)
+    return jax.lax.map(partial(quantize_kernel, rule=rule), kernel)
 
 
 def quantize_kernel(kernel: Float[Array, "k n"], rule: Rule) -> QTensor:
@@ -135,7 +133,7 @@ def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:
     return jax.tree.map(restore, params, is_leaf=is_qtensor)
 
 
-def _check_unquantized(params: Tree, chosen: dict[str, int | None]) -> None:
+def _check_unquantized(params: Tree, chosen: dict[str, Rule | None]) -> None:
     done = [
         path
         for path, kernel, _ in iter_layers(params)

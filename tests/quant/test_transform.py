@@ -163,13 +163,6 @@ def test_rules_that_say_the_same_do_not_cut():
     assert out["blocks"]["2"]["mlp"]["kernel"].shape == (2, 5, 6)
 
 
-def test_kernels_to_keep_can_be_named():
-    params = tree()
-    out = quantize(params, recipe((".*", INT8)), keep=["embed", "blocks/0/mlp"])
-    floats = {path for path, kernel, _ in iter_layers(out) if not is_qtensor(kernel)}
-    assert floats == {"embed", "blocks/0/mlp"}
-
-
 def test_a_second_recipe_meets_the_segments_of_the_first():
     params = tree(layers=12)
     first = quantize(params, recipe(("blocks/(0|10)/.*", INT8)))

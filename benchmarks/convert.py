@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     recipe = load_recipe(options.recipe)
     parent = options.dir or Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
     check_disk(parent, config, recipe)
     folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=parent))
     try:

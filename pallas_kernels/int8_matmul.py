@@ -63,14 +63,22 @@ def int8_matmul(
     """
     check_int8_matmul(x, w, x_scale, w_scale, bias, out_dtype)
     tiles.refuse_empty(x, w)
-    (m, n), tile = (x.shape[0], w.shape[0]), tile or choose_tile(x.shape[0])
+    (m, k), n = x.shape, w.shape[0]
+    tile = tile or choose_tile(m)
     operands = [x, w, x_scale, w_scale[None, :]]
     if bias is not None:
         operands.append(bias.astype(jnp.float32)[None, :])
     return pl.pallas_call(
-        functools.partial(_kernel, tile=tile),
+        functools.partial(_kernel, m=m, n=n, k=k, tile=tile),
         # m runs fastest: neighbouring programs share a block of weights
         grid=(pl.cdiv(m, tile.m), pl.cdiv(n, tile.n)),
+        in_specs=[
+            tiles.covered((m, k), (tile.m, tile.k)),
+            tiles.covered((n, k), (tile.n, tile.k)),
+            tiles.covered((m, 1), (tile.m, 1)),
+            *[tiles.covered((1, n), (1, tile.n))] * (len(operands) - 3),
+        ],
+        out_specs=tiles.covered((m, n), (tile.m, tile.n)),
         out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
         compiler_params=tile.compiler_params(),
         interpret=interpret,
@@ -90,16 +98,16 @@ def check_int8_matmul(x, w, x_scale, w_scale, bias, out_dtype) -> None:
         raise ValueError(f"x has k = {x.shape[1]}, w has k = {w.shape[1]}")
 
 
-def _kernel(x_ref, w_ref, x_scale_ref, w_scale_ref, *rest, tile):
+def _kernel(x_ref, w_ref, x_scale_ref, w_scale_ref, *rest, m, n, k, tile):
     bias_ref, out_ref = rest if len(rest) == 2 else (None, *rest)
     row, col = pl.program_id(0) * tile.m, pl.program_id(1) * tile.n
 
     def step(i, total):
-        x = tiles.load(x_ref, row, i * tile.k, (tile.m, tile.k))
-        w = tiles.load(w_ref, col, i * tile.k, (tile.n, tile.k))
+        x = tiles.load(x_ref, (m, k), row, i * tile.k, (tile.m, tile.k))
+        w = tiles.load(w_ref, (n, k), col, i * tile.k, (tile.n, tile.k))
         contract = (((1,), (1,)), ((), ()))
         return total + jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.int32)
 
     start = jnp.zeros((tile.m, tile.n), jnp.int32)
-    total = jax.lax.fori_loop(0, pl.cdiv(x_ref.shape[1], tile.k), step, start)
-    tiles.store_scaled(total, row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref)
+    total = jax.lax.fori_loop(0, pl.cdiv(k, tile.k), step, start)
+    tiles.store_scaled(total, (m, n), row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref)

@@ -60,11 +60,16 @@ def quantize_rows(
         raise ValueError(f"block_k must be a power of two, got {block_k}")
     rows = max(1, min(TILE_VALUES // block_k, tiles.power_of_two(m)))
     kernel = functools.partial(
-        _kernel, rows=rows, block_k=block_k, qmax=2 ** (bits - 1) - 1, interpret=interpret
+        _kernel, m=m, k=k, rows=rows, block_k=block_k, qmax=2 ** (bits - 1) - 1, interpret=interpret
     )
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(m, rows),),
+        in_specs=[tiles.covered((m, k), (rows, block_k))],
+        out_specs=(
+            tiles.covered((m, k), (rows, block_k)),
+            tiles.covered((m, 1), (rows, 1)),
+        ),
         out_shape=(
             jax.ShapeDtypeStruct((m, k), jnp.int8),
             jax.ShapeDtypeStruct((m, 1), jnp.float32),
@@ -77,17 +82,17 @@ def quantize_rows(
     )(x)
 
 
-def _kernel(x_ref, codes_ref, scale_ref, *, rows, block_k, qmax, interpret):
+def _kernel(x_ref, codes_ref, scale_ref, *, m, k, rows, block_k, qmax, interpret):
     row = pl.program_id(0) * rows
-    steps = pl.cdiv(x_ref.shape[1], block_k)
+    steps = pl.cdiv(k, block_k)
 
     def read(i):
-        return tiles.load(x_ref, row, i * block_k, (rows, block_k)).astype(jnp.float32)
+        return tiles.load(x_ref, (m, k), row, i * block_k, (rows, block_k)).astype(jnp.float32)
 
     def write(i, x, scale):
         inverse = _inverse(scale, interpret)
         codes = jnp.clip(_round_half_even(x * inverse, interpret), -qmax, qmax)
-        tiles.store(codes_ref, row, i * block_k, codes.astype(jnp.int8))
+        tiles.store(codes_ref, (m, k), row, i * block_k, codes.astype(jnp.int8))
 
     if steps == 1:
         x = read(0)
@@ -98,7 +103,7 @@ def _kernel(x_ref, codes_ref, scale_ref, *, rows, block_k, qmax, interpret):
         peak = jax.lax.fori_loop(0, steps, lambda i, peak: _larger(peak, _peak(read(i))), start)
         scale = _scale(peak, qmax)
         jax.lax.fori_loop(0, steps, lambda i, _: write(i, read(i), scale), None)
-    tiles.store(scale_ref, row, 0, scale)
+    tiles.store(scale_ref, (m, 1), row, 0, scale)
 
 
 def _peak(x):

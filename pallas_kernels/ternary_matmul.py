@@ -20,13 +20,19 @@ STEP_BYTES = 32  # packing's block: byte r holds k = r, r + 32, r + 64, r + 96
 # bound by the tensor pipe and takes 221 registers a thread without a spill. Its wide n lets the
 # compiler unpack four bytes at once; 128 x 128 falls to byte code, at a sixth of the bound.
 LARGE = Tile(m=128, n=256, k=packing.BLOCK, num_warps=8, num_stages=3)
-# few rows: bound by memory; 16 rows are the least that the matrix instruction takes
+# Unpacking takes longer than multiplying 64 rows: 416 integer instructions to 64 products a step.
+# 128 channels for 4 warps cost a warp what 256 cost 8, and give twice the blocks.
+MEDIUM = Tile(m=64, n=128, k=packing.BLOCK, num_warps=4, num_stages=3)
+# 16 rows are the least that the matrix instruction takes. Bound by unpacking as well, so
+# not yet the kernel that one row deserves, which should be bound by reading the weights.
 SMALL = Tile(m=16, n=64, k=packing.BLOCK, num_warps=4, num_stages=4)
 
 
 def choose_tile(m: int) -> Tile:
     """The tile for m rows."""
-    return SMALL if m <= 16 else LARGE
+    if m <= 16:
+        return SMALL
+    return MEDIUM if m <= 64 else LARGE
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tile", "interpret"))
@@ -62,7 +68,8 @@ def ternary_matmul(
     """
     check_ternary_matmul(x, w, x_scale, w_scale, bias, out_dtype)
     tiles.refuse_empty(x, w)
-    (m, n), tile = (x.shape[0], w.shape[0]), tile or choose_tile(x.shape[0])
+    (m, k), (n, p) = x.shape, w.shape
+    tile = tile or choose_tile(m)
     if tile.k != packing.BLOCK:
         raise ValueError(f"tile.k must be {packing.BLOCK}, got {tile.k}")
     row_sums = jnp.sum(x, axis=1, keepdims=True, dtype=jnp.int32)
@@ -70,9 +77,16 @@ def ternary_matmul(
     if bias is not None:
         operands.append(bias.astype(jnp.float32)[None, :])
     return pl.pallas_call(
-        functools.partial(_kernel, tile=tile),
+        functools.partial(_kernel, m=m, n=n, k=k, tile=tile),
         # m runs fastest: neighbouring programs share a block of weights
         grid=(pl.cdiv(m, tile.m), pl.cdiv(n, tile.n)),
+        in_specs=[
+            tiles.covered((m, k), (tile.m, tile.k)),
+            tiles.covered((n, p), (tile.n, STEP_BYTES)),
+            *[tiles.covered((m, 1), (tile.m, 1))] * 2,
+            *[tiles.covered((1, n), (1, tile.n))] * (len(operands) - 4),
+        ],
+        out_specs=tiles.covered((m, n), (tile.m, tile.n)),
         out_shape=jax.ShapeDtypeStruct((m, n), out_dtype),
         compiler_params=tile.compiler_params(),
         interpret=interpret,
@@ -93,22 +107,23 @@ def check_ternary_matmul(x, w, x_scale, w_scale, bias, out_dtype) -> None:
         raise ValueError(f"{k} ternary codes take {size} bytes, w has {w.shape[1]}")
 
 
-def _kernel(x_ref, w_ref, sums_ref, x_scale_ref, w_scale_ref, *rest, tile):
+def _kernel(x_ref, w_ref, sums_ref, x_scale_ref, w_scale_ref, *rest, m, n, k, tile):
     bias_ref, out_ref = rest if len(rest) == 2 else (None, *rest)
+    p = w_ref.shape[1]  # whole blocks, by the packing
     row, col = pl.program_id(0) * tile.m, pl.program_id(1) * tile.n
 
     def step(i, total):
-        w = tiles.load(w_ref, col, i * STEP_BYTES, (tile.n, STEP_BYTES))
+        w = tiles.load(w_ref, (n, p), col, i * STEP_BYTES, (tile.n, STEP_BYTES))
         for run in range(4):  # one product of 32 codes per 2-bit plane: nothing is interleaved
             # behind the last k the bytes hold padding, and x is masked to 0
             start = i * tile.k + run * STEP_BYTES
-            x = tiles.load(x_ref, row, start, (tile.m, STEP_BYTES), walk=tile.k)
+            x = tiles.load(x_ref, (m, k), row, start, (tile.m, STEP_BYTES))
             plane = ((w >> (2 * run)) & 3).astype(jnp.int8)
             contract = (((1,), (1,)), ((), ()))
             total += jax.lax.dot_general(x, plane, contract, preferred_element_type=jnp.int32)
         return total
 
     start = jnp.zeros((tile.m, tile.n), jnp.int32)
-    total = jax.lax.fori_loop(0, w_ref.shape[1] // STEP_BYTES, step, start)
-    total -= tiles.load(sums_ref, row, 0, (tile.m, 1))
-    tiles.store_scaled(total, row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref)
+    total = jax.lax.fori_loop(0, p // STEP_BYTES, step, start)
+    total -= tiles.load(sums_ref, (m, 1), row, 0, (tile.m, 1))
+    tiles.store_scaled(total, (m, n), row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref)

@@ -1,7 +1,7 @@
 """What the kernels share: tile sizes, masked loads and stores, the scaling epilogue, checks.
 
 Triton computes on arrays whose sizes are powers of two only, so every kernel covers its arrays with
-power-of-two tiles and masks what hangs over the edge. A mask along an axis that the tile divides is
+power-of-two tiles and masks what hangs over the edge. A mask along an axis that the tiles fill is
 left out when the kernel is traced: aligned shapes pay nothing.
 """
 
@@ -42,39 +42,46 @@ def power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def load(ref, row, col, shape: tuple[int, int], other=0, walk: int | None = None):
-    """The `shape` tile of a 2-D ref at (row, col); `other` where it hangs over an edge.
+def covered(shape: tuple[int, int], step: tuple[int, int]) -> pl.BlockSpec:
+    """The whole of a 2-D array as one block, made up to whole steps along both axes.
 
-    `walk`: columns of the whole step that this tile is a part of. The step may start inside the
-    array and the tile behind its end, also where the tile itself divides the array.
+    Kernels walk it themselves. What lies behind the edges is never read nor written: `load` and
+    `store` mask every axis on which the block is larger than the array.
     """
-    mask = _mask(ref.shape, row, col, shape, (shape[0], walk or shape[1]))
+    block = tuple(-(-size // by) * by for size, by in zip(shape, step, strict=True))
+    return pl.BlockSpec(block, lambda *_: (0, 0))
+
+
+def load(ref, size: tuple[int, int], row, col, shape: tuple[int, int]):
+    """The `shape` tile at (row, col) of a covered array of this size; 0 behind its edges."""
+    mask = _mask(ref, size, row, col, shape)
     tile = ref.at[pl.ds(row, shape[0]), pl.ds(col, shape[1])]
-    return pltriton.load(tile, mask=mask, other=None if mask is None else other)
+    return pltriton.load(tile, mask=mask, other=None if mask is None else 0)
 
 
-def store(ref, row, col, value) -> None:
-    """Writes a tile to a 2-D ref at (row, col), but for what hangs over an edge."""
+def store(ref, size: tuple[int, int], row, col, value) -> None:
+    """Writes a tile at (row, col) of a covered array of this size, but not behind its edges."""
     tile = ref.at[pl.ds(row, value.shape[0]), pl.ds(col, value.shape[1])]
-    pltriton.store(tile, value, mask=_mask(ref.shape, row, col, value.shape, value.shape))
+    pltriton.store(tile, value, mask=_mask(ref, size, row, col, value.shape))
 
 
-def store_scaled(total, row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref) -> None:
+def store_scaled(total, size, row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref) -> None:
     """The epilogue: int32 total x row scale x column scale (+ bias) in float32, then the cast.
 
     Args:
         total: int32[bm, bn], the tile at (row, col).
+        size: (m, n) of the whole product; the refs are covered arrays.
         x_scale_ref: float32[m, 1].
         w_scale_ref: float32[1, n].
         bias_ref: float32[1, n] or None.
         out_ref: float32 or bfloat16[m, n].
     """
-    bm, bn = total.shape
-    y = total.astype(jnp.float32) * load(x_scale_ref, row, 0, (bm, 1))
-    y = y * load(w_scale_ref, 0, col, (1, bn))
+    (m, n), (bm, bn) = size, total.shape
+    y = total.astype(jnp.float32) * load(x_scale_ref, (m, 1), row, 0, (bm, 1))
+    y = y * load(w_scale_ref, (1, n), 0, col, (1, bn))
     if bias_ref is not None:
-        y = y + load(bias_ref, 0, col, (1, bn))
-    store(out_ref, row, col, y.astype(out_ref.dtype))
+        y = y + load(bias_ref, (1, n), 0, col, (1, bn))
+    store(out_ref, size, row, col, y.astype(out_ref.dtype))
 
 
 def check_scaled_matmul(x, rows: int, x_scale, w_scale, bias, out_dtype) -> None:
@@ -121,12 +128,12 @@ def refuse_empty(*arrays: jax.Array) -> None:
             raise NotImplementedError(f"the kernels take no empty array, got shape {array.shape}")
 
 
-def _mask(size, row, col, shape, step):
-    """bool[shape], or None where whole steps cover the array and nothing hangs over an edge."""
+def _mask(ref, size, row, col, shape):
+    """bool[shape], or None where the array fills its block on both axes."""
     masks = [
         start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size[axis]
         for axis, start in enumerate((row, col))
-        if size[axis] % step[axis]
+        if ref.shape[axis] != size[axis]
     ]
     if not masks:
         return None

@@ -95,7 +95,8 @@ def test_another_tile():
 
 
 def test_few_rows_take_a_small_tile():
-    assert [choose_tile(m).m for m in (1, 16, 17, 4608)] == [16, 16, 128, 128]
+    tiles = [choose_tile(m) for m in (1, 16, 17, 64, 65, 4608)]
+    assert [tile.m for tile in tiles] == [16, 16, 64, 64, 128, 128]
 
 
 GOOD = dict(
@@ -130,7 +131,7 @@ def test_an_empty_operand_is_refused():
         ternary_matmul(**{**GOOD, **wrong}, interpret=True)
 
 
-@pytest.mark.parametrize("m", (1, 256, 4608))
+@pytest.mark.parametrize("m", (1, 50, 256, 4608))
 def test_lowers_for_cuda(lower_for_cuda, m):
     spec = jax.ShapeDtypeStruct
     for k in (1152, 3072, 12288, 15360):

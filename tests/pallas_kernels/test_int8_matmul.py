@@ -9,11 +9,12 @@ from pallas_kernels import reference
 from pallas_kernels.int8_matmul import choose_tile, int8_matmul
 from pallas_kernels.tiles import Tile
 
-# every pair of an m, an n and a k once
+# every pair of an m, an n and a k once, for the smallest and the largest tile
 SHAPES = [
     *((1, 1, 64), (1, 5, 129), (1, 257, 1152)),
     *((3, 5, 64), (3, 257, 129), (3, 1, 1152)),
     *((130, 257, 64), (130, 1, 129), (130, 5, 1152)),
+    (50, 70, 200),  # the tile in between
 ]
 
 

@@ -21,6 +21,7 @@ from lowbit_jax.models.registry import build
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.transform import quantize
+from tests.references import flux_files
 from tests.references.dit_files import (
     TINY,
     diffusers_config,
@@ -216,6 +217,15 @@ def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
     edit_config(write_source(tmp_path), **changes)
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match=message):
         plan(checkpoint, RECIPES["float"])
+
+
+def test_neither_network_is_taken_for_the_other(tmp_path):
+    with open_checkpoint(write_source(tmp_path / "dit")) as checkpoint:
+        assert plan(checkpoint, RECIPES["float"], model="dit").model == "dit"
+    with open_checkpoint(flux_files.write_source(tmp_path / "flux")) as checkpoint:
+        assert plan(checkpoint, RECIPES["float"]).model == "flux"
+        with pytest.raises(CheckpointError, match="not a dit checkpoint: its tensors look like"):
+            plan(checkpoint, RECIPES["float"], model="dit")
 
 
 def test_a_file_without_config_is_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.registry import SOURCES, recognise
-from convert.table import Layout, Leaf, check, expand, read_leaf, release_leaf
+from convert.table import Layout, Leaf, check, check_copies, expand, read_leaf, release_leaf
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.qtensor import QTensor
@@ -67,7 +67,7 @@ class Job:
 
     def peak_bytes(self) -> int:
         """Estimated peak memory, from shapes; see the constants above."""
-        leaf = max(_source_bytes(self.checkpoint, leaf) for leaf in self.leaves)
+        leaf = max(_source_bytes(self.checkpoint, leaf.sources) for leaf in self.leaves)
         rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
         part = max(size_report([part]).after for part in iter_parts(self.abstract))
         # a leaf twice: the pages read, and the matrix fused from them
@@ -127,10 +127,12 @@ def run(
         Parameters with NaN or inf that the recipe keeps; such kernels stay in floating point.
 
     Raises:
+        CheckpointError: tensors that the source stores more than once are not equal.
         NonFiniteError: NaN or inf anywhere, and the recipe does not keep them; names all of them.
     """
     keep = job.recipe.on_nonfinite == "keep"
     bad: list[str] = []
+    check_copies(job.checkpoint, job.leaves)
     with ThreadPoolExecutor(1) as background:
         written: Future[object] = background.submit(lambda: None)
         for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
@@ -140,7 +142,7 @@ def run(
                 name = f"{part}/{leaf.path}"
                 if not finite:
                     bad.append(name)
-                progress(name, _source_bytes(job.checkpoint, leaf))
+                progress(name, _source_bytes(job.checkpoint, leaf.source_shapes()))
                 release_leaf(job.checkpoint, leaf)
             written.result()  # one part is written at a time, while the next is converted
             if keep or not bad:
@@ -213,8 +215,8 @@ def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarr
     return value, finite
 
 
-def _source_bytes(checkpoint: Checkpoint, leaf: Leaf) -> int:
-    return sum(checkpoint.info(name).nbytes for name in leaf.sources)
+def _source_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    return sum(checkpoint.info(name).nbytes for name in names)
 
 
 def _layer_path(leaf: Leaf) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert import flux
+from convert import dit, flux
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -36,6 +36,12 @@ SOURCES = {
         read_config=flux.read_config,
         to_json=flux.to_diffusers_config,
         export_layout=flux.DIFFUSERS,
+    ),
+    "dit": Source(
+        layouts=dit.LAYOUTS,
+        read_config=dit.read_config,
+        to_json=dit.to_diffusers_config,
+        export_layout=dit.DIFFUSERS,
     ),
 }
 

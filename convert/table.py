@@ -1,7 +1,7 @@
 """Tables from source tensor names to our parameter paths, and what they expand to for one model.
 
-One `Row` per linear or norm scale. A row's sources are concatenated along the output axis (fused
-matrices); the same rows, read backwards, split a tree into source tensors for the way back.
+One `Row` per linear, table or norm scale. A row's sources are concatenated along the output axis
+(fused matrices); the same rows, read backwards, split a tree into source tensors for the way back.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Row:
         sizes: output rows of each source, from the config; None when there is one source.
         swap_halves: the two halves along the output axis trade places (weight and bias).
         vector: the row is a single tensor with its full name, not a linear.
+        kernel_tail: shape of one output row of the source's weight where it is not flat: a
+            convolution over patches that is our linear.
+        repeated: a stack; the source is stored once in each of its layers (`{i}`), all equal. One
+            is kept, see `check_copies`; the way back writes all of them.
     """
 
     target: str
@@ -36,6 +40,8 @@ class Row:
     sizes: Callable[[Any], Sequence[int]] | None = None
     swap_halves: bool = False
     vector: bool = False
+    kernel_tail: Callable[[Any], tuple[int, ...]] | None = None
+    repeated: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,8 @@ class Leaf:
         sizes: output rows of each source.
         shape: shape in the source's orientation: (n, k) for a kernel, (n,) otherwise.
         swap_halves: see `Row`.
+        tail: shape of one output row in the source.
+        copies: further tensors of the source, equal to its only one.
     """
 
     part: str
@@ -76,6 +84,8 @@ class Leaf:
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
     swap_halves: bool
+    tail: tuple[int, ...]
+    copies: tuple[str, ...] = ()
 
     @property
     def is_kernel(self) -> bool:
@@ -83,11 +93,11 @@ class Leaf:
         return self.path.rsplit("/", 1)[-1] == "kernel"
 
     def source_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Expected shape of every source tensor."""
-        return {
-            name: (size, *self.shape[1:])
-            for name, size in zip(self.sources, self.sizes, strict=True)
+        """Expected shape of every source tensor, copies too."""
+        shapes = {
+            name: (size, *self.tail) for name, size in zip(self.sources, self.sizes, strict=True)
         }
+        return shapes | dict.fromkeys(self.copies, (self.sizes[0], *self.tail))
 
 
 def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]]) -> list[Leaf]:
@@ -105,8 +115,9 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
         for row in layout.rows:
             if row.target.startswith(prefix) and bool(layer) == ("{i}" in row.target):
                 if not layout.skip_row(row, config):
+                    repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
                     leaves += _row_leaves(
-                        row, row.target.removeprefix(prefix), part, layer, config, paths
+                        row, row.target.removeprefix(prefix), part, layer, repeats, config, paths
                     )
         covered = {leaf.path for leaf in leaves if leaf.part == part}
         if covered != set(paths):
@@ -116,21 +127,26 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
 
 
 def _row_leaves(
-    row: Row, target: str, part: str, layer: str, config: Any, paths: Mapping
+    row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
 ) -> Iterator[Leaf]:
-    sources = tuple(source.format(i=layer) for source in row.sources)
     kinds = [("", "")] if row.vector else [("/kernel", ".weight"), ("/bias", ".bias")]
     for suffix, source_suffix in kinds:
         shape = paths[target + suffix]
-        shape = shape[::-1]  # Flax (k, n) to (n, k); vectors are their own reverse
+        tail = shape[1:]
+        if suffix == "/kernel":
+            shape = shape[::-1]  # Flax (k, n) to (n, k)
+            tail = row.kernel_tail(config) if row.kernel_tail else shape[1:]
         sizes = tuple(row.sizes(config)) if row.sizes else (shape[0],)
+        names = [source + source_suffix for source in row.sources]
         yield Leaf(
             part=part,
             path=target + suffix,
-            sources=tuple(source + source_suffix for source in sources),
+            sources=tuple(name.format(i=layer or 0) for name in names),
             sizes=sizes,
             shape=shape,
             swap_halves=row.swap_halves,
+            tail=tail,
+            copies=tuple(name.format(i=i) for i in range(1, repeats) for name in names),
         )
 
 
@@ -164,9 +180,34 @@ def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
         raise CheckpointError(checkpoint.source, problems)
 
 
+def check_copies(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> None:
+    """Compare, byte by byte, the tensors that a source stores more than once.
+
+    Raises:
+        CheckpointError: every copy that differs from the first, at once.
+    """
+    problems = []
+    for leaf in leaves:
+        if leaf.copies:
+            first = _bytes(checkpoint, leaf.sources[0])
+            for name in leaf.copies:
+                if not np.array_equal(first, _bytes(checkpoint, name)):
+                    problems.append(
+                        f"tensor '{name}' differs from '{leaf.sources[0]}'; "
+                        f"the model has one '{leaf.path}' for all layers"
+                    )
+                checkpoint.release(name)
+    if problems:
+        raise CheckpointError(checkpoint.source, problems)
+
+
+def _bytes(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return np.ascontiguousarray(checkpoint.read(name)).reshape(-1).view(np.uint8)
+
+
 def read_leaf(checkpoint: Checkpoint, leaf: Leaf) -> np.ndarray:
     """A leaf in the source's orientation and dtype; a view of the file where nothing moves."""
-    pieces = [checkpoint.read(name) for name in leaf.sources]
+    pieces = [checkpoint.read(name).reshape(-1, *leaf.shape[1:]) for name in leaf.sources]
     array = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0)
     return swap_halves(array) if leaf.swap_halves else array
 
@@ -178,11 +219,12 @@ def release_leaf(checkpoint: Checkpoint, leaf: Leaf) -> None:
 
 
 def split_leaf(leaf: Leaf, array: np.ndarray) -> dict[str, np.ndarray]:
-    """Inverse of `read_leaf`: source tensors of a leaf given in the source's orientation."""
+    """Inverse of `read_leaf`: source tensors (and copies) of a leaf in the source's orientation."""
     if leaf.swap_halves:
         array = swap_halves(array)
-    stops = np.cumsum(leaf.sizes)[:-1]
-    return dict(zip(leaf.sources, np.split(array, stops, axis=0), strict=True))
+    pieces = np.split(array, np.cumsum(leaf.sizes)[:-1], axis=0)
+    pieces = [piece.reshape(-1, *leaf.tail) for piece in pieces]
+    return dict(zip(leaf.sources, pieces, strict=True)) | dict.fromkeys(leaf.copies, pieces[0])
 
 
 def swap_halves(array: np.ndarray) -> np.ndarray:

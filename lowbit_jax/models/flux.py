@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, Num
 from lowbit_jax.models.layers import (
     BlockStack,
     Linear,
+    MLPEmbedder,
     RMSNorm,
     apply_rotary,
     attention,
     gelu_tanh,
     modulate,
     rotary_angles,
+    split_heads,
     timestep_embedding,
 )
 
@@ -86,19 +88,6 @@ def image_ids(height: int, width: int) -> Num[np.ndarray, "i 3"]:
 def text_ids(tokens: int) -> Num[np.ndarray, "x 3"]:
     """Positions of text tokens: all zero, so rotary embedding leaves them unturned."""
     return np.zeros((tokens, 3), np.float32)
-
-
-class MLPEmbedder(nn.Module):
-    """Linear, SiLU, Linear."""
-
-    features: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b k"]) -> Float[Array, "b n"]:
-        """Embed a vector."""
-        hidden = nn.silu(Linear(self.features, dtype=self.dtype, name="in_layer")(x))
-        return Linear(self.features, dtype=self.dtype, name="out_layer")(hidden)
 
 
 class Modulation(nn.Module):
@@ -292,13 +281,6 @@ class FluxTransformer(nn.Module):
             (joint,), vec, angles
         )
         return FinalLayer(config, self.dtype, name="final_layer")(joint[:, txt.shape[1] :], vec)
-
-
-def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
-    """Split fused `[q, k, v]`, each laid out (head, dim), into three (b, t, h, d)."""
-    b, t, _ = qkv.shape
-    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, -1), 2, 0)
-    return q, k, v
 
 
 def rotary_attention(q, k, v, angles) -> Float[Array, "b t k"]:

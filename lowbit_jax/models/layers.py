@@ -58,6 +58,19 @@ class Linear(nn.Module):
         return value
 
 
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear."""
+
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b k"]) -> Float[Array, "b n"]:
+        """Embed a vector."""
+        hidden = nn.silu(Linear(self.features, dtype=self.dtype, name="in_layer")(x))
+        return Linear(self.features, dtype=self.dtype, name="out_layer")(hidden)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, computed in float32 (eps 1e-6), learned scale."""
 
@@ -82,21 +95,26 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
 
 
 def modulate(
-    x: Float[Array, "b t k"], shift: Float[Array, "b k"], scale: Float[Array, "b k"]
+    x: Float[Array, "b t k"],
+    shift: Float[Array, "b k"],
+    scale: Float[Array, "b k"],
+    eps: float = 1e-6,
 ) -> Float[Array, "b t k"]:
-    """AdaLN: `(1 + scale) * layer_norm(x) + shift` (Peebles & Xie 2023, section 3.2)."""
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
+    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2)."""
+    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
 
 
-def timestep_embedding(t: Float[Array, "b"], dim: int = 256) -> Float[Array, "b dim"]:
-    """Sinusoidal embedding of `t` in [0, 1] at frequencies 1000 * 10000^(-i / (dim/2)); [cos, sin].
+def timestep_embedding(
+    t: Float[Array, "b"], dim: int = 256, *, scale: float = 1000.0, shift: int = 0
+) -> Float[Array, "b dim"]:
+    """Sinusoids of `scale * t` at frequencies 10000^(-i / (dim/2 - shift)); [cos, sin], float32.
 
-    float32. Equals diffusers' `Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=0)` fed
-    with `1000 * t`.
+    Equals diffusers' `Timesteps(dim, flip_sin_to_cos=True, downscale_freq_shift=shift)` fed with
+    `scale * t`. The defaults are FLUX's, for `t` in [0, 1].
     """
     half = dim // 2
-    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-    angles = 1000.0 * t.astype(jnp.float32)[:, None] * frequencies
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - shift)).astype(np.float32)
+    angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -166,6 +184,13 @@ def _chunked_attention(q, k, v):
 
 def _full_attention(q, k, v):
     return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
+    """Split fused `[q, k, v]`, each laid out (head, dim), into three (b, t, h, d)."""
+    b, t, _ = qkv.shape
+    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, -1), 2, 0)
+    return q, k, v
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:

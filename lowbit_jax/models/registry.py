@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowbit_jax.models import flux
+from lowbit_jax.models import dit, flux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,9 @@ class Network:
 NETWORKS = {
     "flux": Network(
         config=flux.FluxConfig, module=flux.FluxTransformer, abstract_params=flux.abstract_params
+    ),
+    "dit": Network(
+        config=dit.DiTConfig, module=dit.DiTTransformer, abstract_params=dit.abstract_params
     ),
 }
 

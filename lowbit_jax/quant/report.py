@@ -13,17 +13,17 @@ from rich.table import Table
 
 from lowbit_jax.quant.qtensor import FORMATS, QTensor, tree_bytes
 
-OTHERS = "norms"
+OTHERS = "norms and tables"
 
 
 @dataclass(kw_only=True)
 class Group:
-    """All linears of one kind, over all layers, or all small vectors together.
+    """All linears of one kind, over all layers, or all norms and lookup tables together.
 
     Attributes:
         name: layer path with layer numbers as "*".
         kind: format, scale granularity and activation bits in words; the dtype when not quantised.
-        count: number of matrices (or vectors).
+        count: number of matrices (or norms and tables).
         parameters: number of parameters, biases included.
         before: bytes as floating-point parameters.
         after: bytes in memory: codes, scales, zero points, biases.

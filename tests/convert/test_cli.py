@@ -104,7 +104,7 @@ def test_a_tensor_in_two_shards(refused, make_source):
         ({"proj_out.bias": np.ones(8, ml_dtypes.float8_e5m2)}, "'proj_out.bias' is float8_e5m2"),
         ({"proj_out.bias": np.ones(8, np.int32)}, "'proj_out.bias' is int32"),
         ({"proj_out.bias": np.full(8, np.nan, np.float32)}, "NaN or inf in outer/final_layer/lin"),
-        ({"x_embedder.weight": None}, "not a known model (flux): its tensors look like"),
+        ({"x_embedder.weight": None}, "not a known model (flux, dit): its tensors look like"),
     ],
 )
 def test_a_source_that_does_not_fit(refused, make_source, changes, message):
@@ -124,7 +124,7 @@ def test_another_model(refused, tmp_path):
     )
     assert "its tensors look like 'embeddings.word_embeddings.weight'" in refused(path)
     assert "does not exist" in refused(tmp_path / "nowhere")
-    assert "--model dit is neither 'auto' nor one of: flux" in refused(path, "--model", "dit")
+    assert "--model unet is neither 'auto' nor one of: flux" in refused(path, "--model", "unet")
 
 
 RULE = {"match": "single_blocks/.*", "weights": {"format": "int8", "quantizer": "absmax"}}

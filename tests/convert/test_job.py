@@ -162,7 +162,10 @@ def test_a_number_too_large_for_the_dtype_asked_for_is_not_finite(tmp_path):
         ({"proj_out.bias": np.ones((8, 1), np.float32)}, r"has shape \(8, 1\)"),
         ({"proj_out.bias": np.ones(8, np.int8)}, "'proj_out.bias' is int8, not one of float32"),
         ({"proj_out.bias": np.ones(8, ml_dtypes.float8_e4m3fn)}, "is float8_e4m3fn"),
-        ({"x_embedder.weight": None}, "not a known model .flux.: its tensors look like 'context"),
+        (
+            {"x_embedder.weight": None},
+            "not a known model .flux, dit.: its tensors look like 'context",
+        ),
     ],
 )
 def test_a_source_that_does_not_fit_is_refused_before_it_is_read(tmp_path, changes, problem):
@@ -200,8 +203,8 @@ def test_a_layer_missing_in_the_middle_is_missing(tmp_path):
 
 def test_an_unknown_model_and_the_wrong_one(source):
     with open_checkpoint(source) as checkpoint:
-        with pytest.raises(ValueError, match="--model dit is neither 'auto' nor one of: flux"):
-            plan(checkpoint, W8, model="dit")
+        with pytest.raises(ValueError, match="--model unet is neither 'auto' nor one of: flux"):
+            plan(checkpoint, W8, model="unet")
     names = ("encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight")
     path = write_safetensors(
         source / "bert.safetensors", random_tensors(dict.fromkeys(names, (4, 4)))

@@ -51,7 +51,7 @@ def test_a_small_tree_counted_by_hand():
             3 * (640 + 40 + 20),
             3 * (260 + 40 + 20),
         ),
-        "norms": ("float32", 3, 21, 42, 84, 84),
+        "norms and tables": ("float32", 3, 21, 42, 84, 84),
     }
     assert (report.parameters, report.before) == (30 + 3930 + 21, 60 + 7860 + 42)
     assert (report.after, report.disk) == (60 + 2100 + 84, 60 + 960 + 84)

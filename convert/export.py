@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +19,10 @@ import numpy as np
 import tyro
 
 from convert.registry import SOURCES
-from convert.safetensors import write_sharded
-from convert.table import expand, split_leaf
+from convert.safetensors import TensorSpec, write_sharded
+from convert.table import Leaf, expand, split_leaf
 from lowbit_jax.checkpoint import OutputError, iter_parts, load
+from lowbit_jax.checkpoint_parts import leaf_at
 from lowbit_jax.models.registry import NETWORKS, read_config
 from lowbit_jax.quant.qtensor import QTensor
 
@@ -37,7 +39,8 @@ def export_diffusers(
     """Write `config.json` and `diffusion_pytorch_model*.safetensors`, loadable by diffusers.
 
     Quantised kernels are written as the floating-point matrices they stand for: the pictures are
-    those of the quantised weights, the file is as large as an unquantised one.
+    those of the quantised weights, the file is as large as an unquantised one. One tensor at a time
+    is made and written.
 
     Args:
         folder: where to write; must not exist, or be empty.
@@ -67,17 +70,25 @@ def export_diffusers(
 
 def source_tensors(
     params: Mapping[str, Any], model: str, config: Any, dtype: Any
-) -> dict[str, np.ndarray]:
-    """All tensors of the export layout, by name, in the source's orientation."""
+) -> dict[str, TensorSpec]:
+    """All tensors of the export layout, by name; each is made when its turn to be written comes."""
     source, network = SOURCES[model], NETWORKS[model]
     abstract = iter_parts(network.abstract_params(config))
     shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in abstract}
-    parts = dict(iter_parts(params))
-    tensors: dict[str, np.ndarray] = {}
-    for leaf in expand(source.export_layout, config, shapes):
-        value = parts[leaf.part][leaf.path]
-        tensors |= split_leaf(leaf, _to_source(value, leaf.is_kernel, dtype))
+    tensors = {
+        name: TensorSpec(
+            shape=shape, dtype=dtype, make=partial(_source_tensor, params, leaf, name, dtype)
+        )
+        for leaf in expand(source.export_layout, config, shapes)
+        for name, shape in leaf.source_shapes().items()
+    }
     return dict(sorted(tensors.items()))
+
+
+def _source_tensor(params: Mapping[str, Any], leaf: Leaf, name: str, dtype: Any) -> np.ndarray:
+    # a fused matrix is made anew for each of its sources: time for memory
+    value = leaf_at(params, leaf.part, leaf.path)
+    return split_leaf(leaf, _to_source(value, leaf.is_kernel, dtype))[name]
 
 
 def _to_source(value: Any, is_kernel: bool, dtype: Any) -> np.ndarray:

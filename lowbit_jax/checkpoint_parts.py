@@ -31,6 +31,24 @@ def iter_parts(params: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
                 yield f"{key}/{first + index}", {p: _layer(v, index) for p, v in flat.items()}
 
 
+def leaf_at(params: Mapping[str, Any], part: str, path: str) -> Any:
+    """`dict(iter_parts(params))[part][path]` without cutting up the rest; KeyError if absent."""
+    stack, _, layer = part.partition("/")
+    if not layer:
+        return _descend(params, path)
+    for first, length, tree in segments(params[stack]):
+        if first <= int(layer) < first + length:
+            return _layer(_descend(tree, path), int(layer) - first)
+    raise KeyError(part)
+
+
+def _descend(tree: Mapping[str, Any], path: str) -> Any:
+    node: Any = tree
+    for key in path.split("/"):
+        node = node[key]
+    return node
+
+
 def assemble(parts: Iterable[tuple[str, Part]]) -> dict[str, Any]:
     """Inverse of `iter_parts`, as jax arrays.
 

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.models.flux import FluxTransformer, image_ids, text_ids
@@ -50,22 +49,3 @@ def sample_tokens(
         return model.apply({"params": params}, x, txt, t, pooled, *ids, guidance=guidance)
 
     return flow_euler.sample(velocity, noise, sigmas)
-
-
-def pack_latents(latents: Float[Array, "b c h2 w2"]) -> Float[Array, "b i c4"]:
-    """2x2 patches of a latent picture to tokens: "b c (h 2) (w 2) -> b (h w) (c 2 2)"."""
-    b, c, rows, columns = latents.shape
-    if rows % 2 or columns % 2:
-        raise ValueError(f"latents of {rows} x {columns} do not divide into 2x2 patches")
-    patches = latents.reshape(b, c, rows // 2, 2, columns // 2, 2)
-    return jnp.transpose(patches, (0, 2, 4, 1, 3, 5)).reshape(b, -1, c * 4)
-
-
-def unpack_latents(
-    tokens: Float[Array, "b i c4"], grid: tuple[int, int]
-) -> Float[Array, "b c h2 w2"]:
-    """Inverse of `pack_latents` for a grid of rows x columns patches."""
-    b, _, channels = tokens.shape
-    patches = tokens.reshape(b, *grid, channels // 4, 2, 2)
-    latents = jnp.transpose(patches, (0, 3, 1, 4, 2, 5))
-    return latents.reshape(b, channels // 4, 2 * grid[0], 2 * grid[1])

@@ -98,7 +98,7 @@ def size_report(
 
 
 def describe(leaf: Any) -> str:
-    """A leaf's storage in words, such as "int4 / group 128, int8 activations"."""
+    """A leaf's storage in words, such as "int4 (4 bit) per group 128"."""
     if not isinstance(leaf, QTensor):
         return str(leaf.dtype)
     if leaf.scale.shape[-1] > 1:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax.quant.qtensor import QTensor
-from pallas_kernels import reference
+from pallas_kernels import reference, reference_rows
 
 
 def linear(
@@ -81,12 +81,12 @@ def _weight_only_matmul(x, weight: QTensor):
 def _integer_matmul(x, weight: QTensor):
     """Per-token integer activations times integer weights; both scales applied after the sum."""
     assert weight.act_bits is not None
-    codes, x_scale = reference.quantize_rows(x, weight.act_bits)
+    codes, x_scale, sums = reference_rows.quantize_rows(x, weight.act_bits)
     if weight.scale.shape[-1] > 1:
         return x_scale * _grouped(codes, weight)
     y = reference.matmul_codes(codes, weight.unpacked())
     if weight.zero is not None:  # x.(c - z) = x.c - z sum(x): exact, and codes stay within int8
-        y = y - _row_sums(codes) * weight.zero[:, 0].astype(jnp.float32)
+        y = y - sums.astype(jnp.float32) * weight.zero[:, 0].astype(jnp.float32)
     return y * x_scale * weight.scale[:, 0]
 
 

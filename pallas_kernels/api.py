@@ -1,6 +1,6 @@
 """Chooses a backend for each op: `implementation=None | "triton" | "xla" | "interpret"`.
 
-* ``"xla"``: the plain-jnp form of `reference`, on every platform.
+* ``"xla"``: the plain-jnp form of `reference` and `reference_rows`, on every platform.
 * ``"triton"``: the Pallas-Triton kernel, on CUDA only. No kernel has run on a GPU yet.
 * ``"interpret"``: the kernel's body as plain JAX, for tests.
 * ``None``: "xla", on every platform, for as long as no kernel has been checked on a GPU.
@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -17,41 +18,108 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
 from pallas_kernels import int8_matmul as int8_kernel
-from pallas_kernels import packing, reference
-from pallas_kernels import quantize_rows as quantize_kernel
+from pallas_kernels import packing, reference, reference_rows
+from pallas_kernels import quantize_rows as rows_kernel
 from pallas_kernels import ternary_matmul as ternary_kernel
+from pallas_kernels.rows import QuantizedRows
 
 Implementation = Literal["triton", "xla", "interpret"]
 IMPLEMENTATIONS = ("triton", "xla", "interpret")
 
 
 def quantize_rows(
-    x: Float[Array, "... k"], bits: int = 8, *, implementation: Implementation | None = None
-) -> tuple[Int8[Array, "... k"], Float32[Array, "... 1"]]:
-    """Symmetric dynamic quantisation, one scale per row; see `reference.quantize_rows`.
+    x: Float[Array, "... k"],
+    bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """Symmetric dynamic quantisation, one scale per row; see `reference_rows.quantize_rows`.
 
     Args:
         x: floating [..., k]; the kernel takes bfloat16 and float32.
         bits: 2 to 8.
+        mask: float32[k], multiplies the channels.
+        rotation: 64, 128 or 256: the block size of a Hadamard rotation after the mask.
         implementation: which backend; None chooses.
 
     Raises:
-        ValueError: x is not a floating array, bits outside 2..8, an unknown implementation.
-        NotImplementedError: the backend cannot: not on this platform, an empty array, this dtype.
+        ValueError: see `reference_rows.check_rows`; an unknown implementation.
+        NotImplementedError: the backend cannot: not on this platform, an empty array, this dtype,
+            2^31 values or more.
+    """
+    return _rows("quantize_rows", x, bits, mask, rotation, implementation)
+
+
+def gelu_quantize_rows(
+    x: Float[Array, "... k"],
+    bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """`quantize_rows(gelu(x))` in one op; see `reference_rows.gelu_quantize_rows`.
+
+    Arguments and errors are those of `quantize_rows`.
+    """
+    return _rows("gelu_quantize_rows", x, bits, mask, rotation, implementation)
+
+
+def modulate_quantize_rows(
+    x: Float[Array, "b t k"],
+    shift: Float[Array, "b k"],
+    scale: Float[Array, "b k"],
+    bits: int = 8,
+    *,
+    eps: float = 1e-6,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """AdaLN and `quantize_rows` in one op; see `reference_rows.modulate_quantize_rows`.
+
+    Args:
+        x: floating [b, t, k]; the kernel takes bfloat16 and float32.
+        shift: floating [b, k], likewise.
+        scale: floating [b, k], likewise.
+        bits: 2 to 8.
+        eps: added to the variance.
+        mask: float32[k], multiplies the channels after AdaLN.
+        rotation: 64, 128 or 256: the block size of a Hadamard rotation after the mask.
+        implementation: which backend; None chooses.
+
+    Raises:
+        ValueError: see `reference_rows.check_modulate`; and as for `quantize_rows`.
+        NotImplementedError: as for `quantize_rows`.
     """
     backend = _backend(implementation)
-    if x.ndim == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be a floating array of rows, got {x.dtype} of shape {x.shape}")
+    reference_rows.check_modulate(x, shift, scale)
+    reference_rows.check_rows(x, bits, mask, rotation)
     if backend == "xla":
-        return reference.quantize_rows(x, bits)
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"the kernel takes bfloat16 and float32, not {x.dtype}")
-    if x.size == 0:
-        raise NotImplementedError(f"the kernels take no empty array, got shape {x.shape}")
-    codes, scale = quantize_kernel.quantize_rows(
-        x.reshape(-1, x.shape[-1]), bits, interpret=backend == "interpret"
-    )
-    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], 1)
+        op = reference_rows.modulate_quantize_rows
+    else:
+        _refuse_dtypes(x, shift, scale)
+        op = functools.partial(rows_kernel.modulate_quantize_rows, interpret=backend == "interpret")
+    return op(x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation)
+
+
+def _rows(op, x, bits, mask, rotation, implementation) -> QuantizedRows:
+    backend = _backend(implementation)
+    reference_rows.check_rows(x, bits, mask, rotation)
+    if backend == "xla":
+        return getattr(reference_rows, op)(x, bits, mask, rotation)
+    _refuse_dtypes(x)
+    rows = x.reshape(x.size // x.shape[-1] if x.size else 0, x.shape[-1])
+    found = getattr(rows_kernel, op)(rows, bits, mask, rotation, interpret=backend == "interpret")
+    return QuantizedRows(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in found))
+
+
+def _refuse_dtypes(*arrays: jax.Array) -> None:
+    for array in arrays:
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise NotImplementedError(f"the kernel takes bfloat16 and float32, not {array.dtype}")
 
 
 def int8_matmul(

@@ -7,37 +7,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float32, Int8
 
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands: (m, k) x (n, k)
-
-
-def quantize_rows(
-    x: Float[Array, "... k"], bits: int = 8
-) -> tuple[Int8[Array, "... k"], Float32[Array, "... 1"]]:
-    """Symmetric dynamic quantisation, one scale per row (per token).
-
-    `scale = max|x| / qmax`, `codes = round_half_even(x / scale)`, qmax = 2^(bits-1) - 1 (127 for 8
-    bits, the convention of ViDiT-Q and torch). Both divisions are products with a reciprocal, and
-    spelled so: XLA makes them of a division by a broadcast anyway, and a kernel must round alike.
-    An all-zero row has scale 1 and zero codes. A row with NaN or inf has a non-finite scale, so its
-    products are non-finite too: never silently 0.
-
-    Raises:
-        ValueError: bits outside 2..8.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"activation bits {bits} outside 2..8")
-    qmax = 2 ** (bits - 1) - 1
-    x32 = x.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
-    # XLA:CPU's max drops NaN on rows of 2048 and more
-    peak = jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, peak)
-    scale = peak * jnp.float32(1 / qmax)
-    # zeros, and what is as good as zero: a denormal scale, which hardware may flush, has no inverse
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-    codes = jnp.clip(jnp.round(x32 * (1 / scale)), -qmax, qmax).astype(jnp.int8)
-    return codes, scale
 
 
 def matmul_int32(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, "m n"]:

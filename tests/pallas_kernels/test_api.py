@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import api, packing, reference
+from pallas_kernels import api, packing
+from tests.references import rows as exactly
 
 M, N, K = 3, 5, 200
 
@@ -19,8 +20,14 @@ def calls():
     w = jnp.asarray(rng.integers(-127, 128, (N, K)), jnp.int8)
     trits = packing.pack(jnp.asarray(rng.integers(0, 3, (N, K)), jnp.uint8), 2)
     scales = jnp.asarray(rng.uniform(size=(M, 1)), jnp.float32), jnp.ones(N, jnp.float32) / 3
+    x, shift, scale = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((2, M, K), (2, K), (2, K))
+    )
     return {
-        api.quantize_rows: (jnp.asarray(rng.standard_normal((M, K)), jnp.float32),),
+        api.quantize_rows: (x,),
+        api.gelu_quantize_rows: (x,),
+        api.modulate_quantize_rows: (x, shift, scale),
         api.int8_matmul: (codes, w, *scales),
         api.ternary_matmul: (codes, trits, *scales),
     }
@@ -37,9 +44,10 @@ def test_backends_agree(op):
         for i in (None, "xla", "interpret")
     )
     for a, b, c in zip(by_default, xla, kernel, strict=True):
-        assert a.dtype == b.dtype == c.dtype
+        assert a.dtype == b.dtype == c.dtype and a.shape == b.shape == c.shape
         np.testing.assert_array_equal(a, b)
-        np.testing.assert_array_equal(b, c)
+        if op not in (api.gelu_quantize_rows, api.modulate_quantize_rows):  # float32 in between
+            np.testing.assert_array_equal(b, c)
 
 
 @pytest.mark.parametrize("op", (api.int8_matmul, api.ternary_matmul), ids=lambda op: op.__name__)
@@ -85,21 +93,42 @@ def test_an_unknown_implementation(op):
         op(*calls()[op], implementation="cuda")
 
 
-def test_rows_with_leading_axes():
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 3, 40)), jnp.float32)
-    found = api.quantize_rows(x, 6, implementation="interpret")
-    for a, b in zip(found, reference.quantize_rows(x, 6), strict=True):
-        assert a.shape == b.shape
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("implementation", ("xla", "interpret"))
+def test_rows_take_bits_mask_and_rotation(implementation):
+    """The second image's last row: no axis is lost, no argument left behind."""
+    x, shift, scale = calls()[api.modulate_quantize_rows]
+    x, shift, scale = x[..., :192], shift[:, :192], scale[:, :192]
+    mask = jnp.linspace(-1, 2, 192, dtype=jnp.float32)
+    options = dict(mask=mask, rotation=64, implementation=implementation)
+    x64, shift64, scale64 = (np.asarray(a).astype(float) for a in (x, shift, scale))
+    for found, exact in (
+        (api.quantize_rows(x, 4, **options), x64),
+        (api.gelu_quantize_rows(x, 4, **options), exactly.gelu(x64)),
+        (
+            api.modulate_quantize_rows(x, shift, scale, 4, eps=0.5, **options),
+            exactly.modulate(x64, shift64, scale64, eps=0.5),
+        ),
+    ):
+        exact = exactly.rotate(exact * np.asarray(mask, float), 64)
+        exactly.assert_quantised(found, exact, 4, 1e-5)
 
 
-def test_what_the_quantise_kernel_cannot():
-    for x in (jnp.ones((2, 8), jnp.float16), jnp.ones((0, 8))):
-        api.quantize_rows(x)
+ROWS = (api.quantize_rows, api.gelu_quantize_rows, api.modulate_quantize_rows)
+
+
+@pytest.mark.parametrize("op", ROWS, ids=lambda op: op.__name__)
+def test_what_the_row_kernel_cannot(op):
+    args = calls()[op]
+    for wrong in ((x.astype(jnp.float16) for x in args), (args[0][:, :0], *args[1:])):
+        wrong = tuple(wrong)
+        op(*wrong)
         with pytest.raises(NotImplementedError):
-            api.quantize_rows(x, implementation="interpret")
-    with pytest.raises(ValueError, match="int32"):
-        api.quantize_rows(jnp.ones((2, 8), jnp.int32))
+            op(*wrong, implementation="interpret")
+    for implementation in ("xla", "interpret"):
+        with pytest.raises(ValueError, match="int32"):
+            op(args[0].astype(jnp.int32), *args[1:], implementation=implementation)
+        with pytest.raises(ValueError, match="rotation 64 does not divide k = 200"):
+            op(*args, rotation=64, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", ("xla", "interpret"))

@@ -91,7 +91,7 @@ def compile_kernels(fn: Callable, specs, target: Target) -> list[Kernel]:
         calls = _pallas_calls(lowered.as_text())
         if not calls:
             raise ValueError(f"{fn} calls no Pallas-Triton kernel")
-        lowered.compile(compiler_options={"xla_dump_to": folder})
+        lowered.compile(compiler_options=_dump_options(folder))
         return _read_dump(Path(folder), calls, target)
 
 
@@ -190,6 +190,14 @@ def _mesh(target: Target) -> jax.sharding.Mesh:
 def _mesh_context(mesh: jax.sharding.Mesh):
     # from jax 0.11 on Pallas-Triton asks the mesh in force, and no device, what it lowers for
     return jax.set_mesh(mesh) if jax.__version_info__ >= (0, 11) else contextlib.nullcontext()
+
+
+def _dump_options(folder: str) -> dict[str, str]:
+    # the ptxas read here is also the one XLA asks which PTX version to write
+    options = {"xla_dump_to": folder, "xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1])}
+    if jax.__version_info__ >= (0, 11):  # PTX is then only left for the emitters asked for
+        options["xla_dump_emitter_re"] = ".*"
+    return options
 
 
 def _pallas_calls(text: str) -> list[dict[str, str]]:

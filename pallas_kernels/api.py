@@ -4,14 +4,122 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
-from pallas_kernels import matmul as kernels
-from pallas_kernels import reference
+from pallas_kernels import matmul as matmul_kernel
+from pallas_kernels import quantize_rows as rows_kernel
+from pallas_kernels import reference, reference_rows, tiles
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.operands import prepare
 from pallas_kernels.rows import QuantizedRows
+
+
+def quantize_rows(
+    x: Float[Array, "... k"],
+    bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """Symmetric dynamic quantisation, one scale per row; see `reference_rows.quantize_rows`.
+
+    Args:
+        x: floating [..., k]; the kernel takes bfloat16 and float32.
+        bits: 2 to 8.
+        mask: float32[k], multiplies the channels.
+        rotation: 64, 128 or 256: the block size of a Hadamard rotation after the mask.
+        implementation: which backend; None chooses.
+
+    Raises:
+        ValueError: see `reference_rows.check_rows`; an unknown implementation.
+        NotImplementedError: the backend cannot: not on this platform, an empty array, this dtype,
+            2^31 values or more.
+    """
+    return _rows("quantize_rows", x, bits, mask, rotation, implementation)
+
+
+def gelu_quantize_rows(
+    x: Float[Array, "... k"],
+    bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """`quantize_rows(gelu(x))` in one op; see `reference_rows.gelu_quantize_rows`.
+
+    Arguments and errors are those of `quantize_rows`.
+    """
+    return _rows("gelu_quantize_rows", x, bits, mask, rotation, implementation)
+
+
+def modulate_quantize_rows(
+    x: Float[Array, "b t k"],
+    shift: Float[Array, "b k"],
+    scale: Float[Array, "b k"],
+    bits: int = 8,
+    *,
+    eps: float = 1e-6,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    implementation: Implementation | None = None,
+) -> QuantizedRows:
+    """AdaLN and `quantize_rows` in one op; see `reference_rows.modulate_quantize_rows`.
+
+    Args:
+        x: floating [b, t, k]; the kernel takes bfloat16 and float32.
+        shift: floating [b, k], likewise.
+        scale: floating [b, k], likewise.
+        bits: 2 to 8.
+        eps: added to the variance.
+        mask: float32[k], multiplies the channels after AdaLN.
+        rotation: 64, 128 or 256: the block size of a Hadamard rotation after the mask.
+        implementation: which backend; None chooses.
+
+    Raises:
+        ValueError: see `reference_rows.check_modulate`; and as for `quantize_rows`.
+        NotImplementedError: as for `quantize_rows`.
+    """
+    reference_rows.check_modulate(x, shift, scale)
+    reference_rows.check_rows(x, bits, mask, rotation)
+
+    def plain(x, shift, scale, mask):
+        return reference_rows.modulate_quantize_rows(
+            x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation
+        )
+
+    def kernel(x, shift, scale, mask, interpret):
+        _refuse_dtypes(x, shift, scale)
+        return rows_kernel.modulate_quantize_rows(
+            x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation, interpret=interpret
+        )
+
+    return dispatch(kernel, plain, implementation, x, shift, scale, mask)
+
+
+def _rows(op, x, bits, mask, rotation, implementation) -> QuantizedRows:
+    reference_rows.check_rows(x, bits, mask, rotation)
+
+    def plain(x, mask):
+        return getattr(reference_rows, op)(x, bits, mask, rotation)
+
+    def kernel(x, mask, interpret):
+        _refuse_dtypes(x)
+        tiles.refuse_empty(x)
+        rows = x.reshape(-1, x.shape[-1])
+        found = getattr(rows_kernel, op)(rows, bits, mask, rotation, interpret=interpret)
+        return QuantizedRows(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in found))
+
+    return dispatch(kernel, plain, implementation, x, mask)
+
+
+def _refuse_dtypes(*arrays: jax.Array) -> None:
+    for array in arrays:
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise NotImplementedError(f"the kernel takes bfloat16 and float32, not {array.dtype}")
 
 
 def matmul(
@@ -63,7 +171,7 @@ def matmul(
         out_dtype=out_dtype,
     )
     return dispatch(
-        functools.partial(kernels.matmul, out_dtype=out_dtype),
+        functools.partial(matmul_kernel.matmul, out_dtype=out_dtype),
         functools.partial(reference.matmul, out_dtype=out_dtype),
         implementation,
         operands,

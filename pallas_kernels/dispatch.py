@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -25,7 +25,7 @@ DEFAULT_GENERATION = "sm_80"
 
 def dispatch(
     kernel: Callable, plain: Callable, implementation: Implementation | None, *operands
-) -> jax.Array:
+) -> Any:
     """Runs `kernel(*operands)` or `plain(*operands)`.
 
     Args:

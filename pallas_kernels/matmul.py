@@ -1,6 +1,6 @@
 """Activations x packed weight codes, unpacked in registers, as one Pallas-Triton kernel.
 
-    y = residual + gate * (x_scale * sum_g scale[:, g] * (x_g . (stored_g - offset - zero_g)) + bias)
+    y = residual + gate * (x_scale * sum_g scale_g * (x_g . (stored_g - offset - zero_g)) + bias)
 
 Integer activations are summed in int32 on the integer tensor cores, bfloat16 ones in float32. What
 is taken off a stored code (the format's offset and the zero point) is never taken off per weight,
@@ -106,7 +106,7 @@ def matmul(
         x=x,
         w=w,
         x_scale=operands.x_scale,
-        **_by_part(operands, spec),
+        **_by_part(operands, spec),  # type: ignore[arg-type]
         bias=None if operands.bias is None else operands.bias.astype(jnp.float32)[None],
         gate=operands.gate,
         residual=operands.residual,
@@ -170,7 +170,7 @@ def _by_part(operands: Operands, spec: _Spec) -> dict[str, Array | None]:
 
     def rows(values):
         values = jnp.broadcast_to(values, (n, values.shape[1])).T
-        if spec.part is None:
+        if spec.part is None or operands.group is None:
             return values
         values = jnp.repeat(values, operands.group // spec.part, axis=0)[:parts]
         return jnp.pad(values, ((0, parts - len(values)), (0, 0)))  # behind k all is 0

@@ -83,16 +83,13 @@ def prepare(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    codes, x_scale, sums = x if isinstance(x, QuantizedRows) else (x, None, None)
-    if x_scale is None:
-        _check_floating("x", codes, (None, None))
+    if isinstance(x, QuantizedRows):
+        _check_rows(x)
+        values, x_scale, sums = x
     else:
-        check("x.codes", codes, (None, None), jnp.int8)
-        check("x.scale", x_scale, (codes.shape[0], 1), jnp.float32)
-        check("x.sums", sums, (codes.shape[0], 1), jnp.int32)
-    m, k = codes.shape
-    if x_scale is not None and k > MAX_INTEGER_K:
-        raise ValueError(f"k is {k}; int32 holds any sum of int8 products up to {MAX_INTEGER_K}")
+        _check_floating("x", x, (None, None))
+        values, x_scale, sums = x, None, None
+    m, k = values.shape
     stored = FORMATS[format].stored_size(k)
     check("w", w, (None, None), FORMATS[format].dtype)
     n = w.shape[0]
@@ -106,13 +103,13 @@ def prepare(
     if gate is not None:
         _check_floating("gate", gate, (None, n))
         if gate.shape[0] == 0 or m % gate.shape[0]:
-            raise ValueError(f"gate has {gate.shape[0]} rows, which do not divide the {m} rows of x")
+            raise ValueError(f"gate has {gate.shape[0]} rows, not a divisor of the {m} of x")
     if residual is not None:
         _check_floating("residual", residual, (m, n))
     if np.dtype(out_dtype) not in [np.dtype(dtype) for dtype in OUT_DTYPES]:
         raise ValueError(f"out_dtype must be float32 or bfloat16, got {np.dtype(out_dtype)}")
     return Operands(
-        x=codes,
+        x=values,
         w=w,
         scale=scale,
         zero=zero,
@@ -124,6 +121,15 @@ def prepare(
         format=format,
         group=None if groups == 1 else group,
     )
+
+
+def _check_rows(x: QuantizedRows) -> None:
+    check("x.codes", x.codes, (None, None), jnp.int8)
+    m, k = x.codes.shape
+    check("x.scale", x.scale, (m, 1), jnp.float32)
+    check("x.sums", x.sums, (m, 1), jnp.int32)
+    if k > MAX_INTEGER_K:
+        raise ValueError(f"k is {k}; int32 holds any sum of int8 products up to {MAX_INTEGER_K}")
 
 
 def _check_scale(scale, n: int, k: int, group: int | None) -> int:

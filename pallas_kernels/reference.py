@@ -15,34 +15,6 @@ from pallas_kernels.operands import Operands
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands: (m, k) x (n, k)
 
 
-def quantize_rows(
-    x: Float[Array, "... k"], bits: int = 8
-) -> tuple[Int8[Array, "... k"], Float32[Array, "... 1"]]:
-    """Symmetric dynamic quantisation, one scale per row (per token).
-
-    `scale = max|x| / qmax`, `codes = round_half_even(x / scale)`, qmax = 2^(bits-1) - 1 (127 for 8
-    bits, the convention of ViDiT-Q and torch). Both divisions are products with a reciprocal, and
-    spelled so: XLA makes them of a division by a broadcast anyway, and a kernel must round alike.
-    An all-zero row has scale 1 and zero codes. A row with NaN or inf has a non-finite scale, so its
-    products are non-finite too: never silently 0.
-
-    Raises:
-        ValueError: bits outside 2..8.
-    """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"activation bits {bits} outside 2..8")
-    qmax = 2 ** (bits - 1) - 1
-    x32 = x.astype(jnp.float32)
-    peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
-    # XLA:CPU's max drops NaN on rows of 2048 and more
-    peak = jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, peak)
-    scale = peak * jnp.float32(1 / qmax)
-    # zeros, and what is as good as zero: a denormal scale, which hardware may flush, has no inverse
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
-    codes = jnp.clip(jnp.round(x32 * (1 / scale)), -qmax, qmax).astype(jnp.int8)
-    return codes, scale
-
-
 def matmul_int32(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
     """`x @ w.T` of integer codes, summed exactly in int32, returned as float32."""
     total = jax.lax.dot_general(x, w, _LAST, preferred_element_type=jnp.int32)
@@ -85,7 +57,7 @@ def epilogue(
     residual: Float[Array, "m n"] | None,
     out_dtype,
 ) -> Float[Array, "m n"]:
-    """`residual + gate * (y + bias)` in float32, then the cast; entry b of the gate for its rows."""
+    """`residual + gate * (y + bias)` in float32, then the cast; see `operands.Operands`."""
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     if gate is not None:
@@ -97,14 +69,15 @@ def epilogue(
 
 
 def _integer_product(operands: Operands):
-    x, zero = operands.x, operands.zero
+    x, x_scale, sums, zero = operands.x, operands.x_scale, operands.sums, operands.zero
+    assert x_scale is not None and sums is not None
     w = unpack_codes(operands.w, operands.format, x.shape[1])
     if operands.group is not None:
-        return operands.x_scale * _grouped_product(operands, w)
+        return x_scale * _grouped_product(operands, w)
     y = matmul_codes(x, w)
     if zero is not None:  # x.(c - z) = x.c - z sum(x): exact, and codes stay within int8
-        y = y - operands.sums.astype(jnp.float32) * zero[:, 0].astype(jnp.float32)
-    return y * operands.x_scale * operands.scale[:, 0]
+        y = y - sums.astype(jnp.float32) * zero[:, 0].astype(jnp.float32)
+    return y * x_scale * operands.scale[:, 0]
 
 
 def _grouped_product(operands: Operands, w: Int8[Array, "n k"]):

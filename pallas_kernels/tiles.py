@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Rows, output channels and contraction step of one program, and how it is compiled.

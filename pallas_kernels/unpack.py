@@ -40,7 +40,9 @@ def planes(format: str, read: Read, integer: bool, interpret: bool) -> Iterator[
         low, high = (read(0, 32), read(32, 32)), read(64, 32)
         for plane in range(4):
             args = low[plane % 2], high
-            yield _place(args, ((4 * (plane // 2), 15, 0), (2 * plane, 3, 4)), 6, integer, interpret)
+            yield _place(
+                args, ((4 * (plane // 2), 15, 0), (2 * plane, 3, 4)), 6, integer, interpret
+            )
         return
     packed = read(0, 128 * bits // 8)
     for plane in range(8 // bits):

@@ -203,7 +203,7 @@ SMALL = dict(format="int4", m=2, n=3, k=64)
         ({"zero": np.ones((3, 1), np.int32)}, "zero must be int8, got int32"),
         ({"bias": np.ones(4, np.float32)}, r"bias must have shape \(3\), got \(4,\)"),
         ({"bias": np.ones(3, np.int32)}, "bias must be floating, got int32"),
-        ({"gate": np.ones((3, 3), np.float32)}, "gate has 3 rows, which do not divide the 2 rows"),
+        ({"gate": np.ones((3, 3), np.float32)}, "gate has 3 rows, not a divisor of the 2 of x"),
         ({"gate": np.ones((1, 4), np.float32)}, r"gate must have shape \(any, 3\), got \(1, 4\)"),
         ({"residual": np.ones((3, 3), np.float32)}, r"residual must have shape \(2, 3\)"),
         ({"out_dtype": jnp.int32}, "float32 or bfloat16, got int32"),

@@ -1,4 +1,4 @@
-"""Scaled products of codes in NumPy, written from the formula; the other side of the kernel tests."""
+"""Scaled products of codes in NumPy, written from the formula: what the kernels must equal."""
 
 from typing import NamedTuple
 

@@ -84,6 +84,12 @@ class PixArtConfig:
                 raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {name}")
         if self.depth < 1:
             raise ValueError(f"depth {self.depth}: a PixArt has at least one block")
+        if not self.interpolation > 0:
+            raise ValueError(f"interpolation {self.interpolation} is not above 0")
+        if self.compressed_layers and self.compression < 2:
+            raise ValueError(
+                f"compression {self.compression} of layers {self.compressed_layers} is not from 2"
+            )
         if list(self.compressed_layers) != sorted(set(self.compressed_layers) & set(self.layers)):
             raise ValueError(
                 f"compressed_layers {self.compressed_layers} are not some of the layers 0 to "

@@ -198,8 +198,8 @@ class CompressedAttention(nn.Module):
             raise ValueError(f"a picture of {self.grid} patches has no cell of {self.cell}")
         b, t, width = x.shape
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, *kv = jnp.split(qkv, 3, axis=-1)
-        kv = jnp.stack(kv).reshape(2, b, *self.grid, width)
+        q, *rest = jnp.split(qkv, 3, axis=-1)
+        kv = jnp.stack(rest).reshape(2, b, *self.grid, width)
         cells = CellMean(self.cell, self.dtype, name="sr")(kv)
         norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")
         k, v = norm(cells).reshape(2, b, -1, self.heads, width // self.heads)
@@ -234,10 +234,11 @@ class Block(nn.Module):
         config, dtype, heads = self.config, self.dtype, self.config.num_heads
         mod = mod + _table(self, 6, config.hidden_size)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, 1, 0)
-        if self.cell == 1:
-            attend = SelfAttention(heads, dtype, name="attn")
-        else:
-            attend = CompressedAttention(heads, self.cell, self.grid, dtype, name="attn")
+        attend = (
+            SelfAttention(heads, dtype, name="attn")
+            if self.cell == 1
+            else CompressedAttention(heads, self.cell, self.grid, dtype, name="attn")
+        )
         x = x + gate1[:, None] * attend(modulate(x, shift1, scale1))
         x = x + CrossAttention(heads, dtype, name="cross_attn")(x, caption, mask)  # no norm
         mlp = MLP(4 * config.hidden_size, config.hidden_size, dtype, name="mlp")

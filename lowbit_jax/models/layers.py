@@ -95,14 +95,26 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
+    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
+
+    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
+    """
+    ones = (1,) * (x.ndim - vectors.ndim)
+    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
+
+
 def modulate(
-    x: Float[Array, "b t k"],
-    shift: Float[Array, "b k"],
-    scale: Float[Array, "b k"],
+    x: Float[Array, "b ... t k"],
+    shift: Float[Array, "b ... k"],
+    scale: Float[Array, "b ... k"],
     eps: float = 1e-6,
-) -> Float[Array, "b t k"]:
-    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2)."""
-    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
+) -> Float[Array, "b ... t k"]:
+    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2).
+
+    `shift` and `scale` are vectors per sample or per frame, see `over_tokens`.
+    """
+    return layer_norm(x, eps) * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
 
 
 def timestep_embedding(
@@ -213,11 +225,12 @@ class SelfAttention(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Attend over all tokens."""
+    def __call__(self, x: Float[Array, "*b t k"]) -> Float[Array, "*b t k"]:
+        """Attend over the tokens t; all axes before them are batch."""
         width = x.shape[-1]
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        out = attention(*split_heads(qkv, self.heads)).reshape(x.shape)
+        heads = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+        out = attention(*heads).reshape(x.shape)
         return Linear(width, dtype=self.dtype, name="proj")(out)
 
 

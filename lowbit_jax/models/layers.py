@@ -219,18 +219,31 @@ def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, 
 
 
 class SelfAttention(nn.Module):
-    """Fused qkv, attention of every token to all, output projection."""
+    """Fused qkv, attention of every token to all, output projection.
+
+    Attributes:
+        heads: attention heads.
+        dtype: of activations and products.
+        qk_norm: whether queries and keys are RMS-normalised, per head.
+    """
 
     heads: int
     dtype: Dtype
+    qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*b t k"]) -> Float[Array, "*b t k"]:
-        """Attend over the tokens t; all axes before them are batch."""
+    def __call__(
+        self, x: Float[Array, "*b t k"], angles: Float[Array, "t d2"] | None = None
+    ) -> Float[Array, "*b t k"]:
+        """Attend over the tokens t; all axes before them are batch. `angles`: see `apply_rotary`."""
         width = x.shape[-1]
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        heads = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
-        out = attention(*heads).reshape(x.shape)
+        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+        if self.qk_norm:
+            q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
+        if angles is not None:
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        out = attention(q, k, v).reshape(x.shape)
         return Linear(width, dtype=self.dtype, name="proj")(out)
 
 

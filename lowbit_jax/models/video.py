@@ -11,9 +11,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from lowbit_jax.models.layers import Linear
+from lowbit_jax.models.adaln_single import scale_shift_table
+from lowbit_jax.models.layers import (
+    MLP,
+    CrossAttention,
+    Linear,
+    SelfAttention,
+    modulate,
+    over_tokens,
+)
 
 Size = tuple[int, int, int]  # frames, rows, columns
 
@@ -23,6 +31,20 @@ def frame_positions(frames: int, width: int, scale: float = 1.0) -> Float[np.nda
     omega = 10000.0 ** (-np.arange(width // 2) / (width // 2))
     angles = np.arange(frames)[:, None] / scale * omega
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
+
+
+def check_latents(shape: tuple[int, ...], channels: int, size: Size) -> None:
+    """Compare the shape (b, c, f, y, x) of latents with a network's channels and patches.
+
+    Raises:
+        ValueError: another number of axes or channels, or parts of a patch.
+    """
+    whole = len(shape) == 5 and all(n and n % p == 0 for n, p in zip(shape[2:], size, strict=True))
+    if not whole or shape[1] != channels:
+        raise ValueError(
+            f"latents have shape {shape[1:]}; this network needs {channels} channels, and frames, "
+            f"rows and columns in multiples of {size}"
+        )
 
 
 def patch_grid(shape: tuple[int, ...], size: Size) -> Size:
@@ -72,3 +94,53 @@ class VideoEmbedder(nn.Module):
         """Embed every patch."""
         tokens = video_patches(x.astype(self.dtype), self.patch_size)
         return Linear(self.features, dtype=self.dtype, name="proj")(tokens)
+
+
+class VideoBlock(nn.Module):
+    """Self-attention in space or time, cross-attention to the caption, MLP; adaLN-single.
+
+    Attributes:
+        heads: attention heads.
+        dtype: of activations and products.
+        temporal: attend over the frames of each patch; otherwise over the patches of each frame.
+        qk_norm: see `layers.SelfAttention`.
+    """
+
+    heads: int
+    dtype: Any
+    temporal: bool = False
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b f t k"],
+        mod: Float[Array, "b ... 6 k"],
+        caption: Float[Array, "b s k"] | None = None,
+        mask: Bool[Array, "b s"] | None = None,
+        angles: Float[Array, "n d2"] | None = None,
+    ) -> Float[Array, "b f t k"]:
+        """Update the tokens.
+
+        Args:
+            x: tokens.
+            mod: what all blocks share, per sample (b, 6, k) or per frame (b, f, 6, k).
+            caption: embedded; None leaves the cross-attention out, and its parameters.
+            mask: tokens of the caption that may be attended to.
+            angles: rotary positions of what is attended over; see `layers.apply_rotary`.
+        """
+        width = x.shape[-1]
+        mod = mod + scale_shift_table(self, 6, width)
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, -2, 0)
+        attend = SelfAttention(self.heads, self.dtype, self.qk_norm, name="attn")
+        out = modulate(x, shift1, scale1)
+        if self.temporal:
+            out = jnp.swapaxes(attend(jnp.swapaxes(out, 1, 2), angles), 1, 2)
+        else:
+            out = attend(out, angles)
+        x = x + over_tokens(gate1, x) * out
+        if caption is not None:
+            cross = CrossAttention(self.heads, self.dtype, name="cross_attn")
+            x = x + cross(x.reshape(len(x), -1, width), caption, mask).reshape(x.shape)  # no norm
+        mlp = MLP(4 * width, width, self.dtype, name="mlp")
+        return x + over_tokens(gate2, x) * mlp(modulate(x, shift2, scale2))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux
+from convert import dit, flux, pixart
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -42,6 +42,12 @@ SOURCES = {
         read_config=dit.read_config,
         to_json=dit.to_diffusers_config,
         export_layout=dit.DIFFUSERS,
+    ),
+    "pixart": Source(
+        layouts=pixart.LAYOUTS,
+        read_config=pixart.read_config,
+        to_json=pixart.to_diffusers_config,
+        export_layout=pixart.DIFFUSERS,
     ),
 }
 

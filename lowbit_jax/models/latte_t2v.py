@@ -111,9 +111,9 @@ class Pair(nn.Module):
         caption: Float[Array, "b s k"],
         mask: Bool[Array, "b s"],
     ):
-        """The carry of the stack: the tokens, and no positions, as only the first pair adds them."""
+        """The carry: the tokens, and no positions, as only the first pair adds them."""
         heads = self.config.num_heads
-        x = VideoBlock(heads, self.dtype, name="spatial")(x, mod, caption, mask)
+        x = VideoBlock(heads, self.dtype, name="spatial")(x, mod, (caption, mask))
         x = x + positions[:, None]
         x = VideoBlock(heads, self.dtype, temporal=True, name="temporal")(x, mod)
         return x, jnp.zeros_like(positions)
@@ -155,10 +155,10 @@ class LatteT2VTransformer(nn.Module):
         config, dtype, width = self.config, self.dtype, self.config.hidden_size
         check_latents(x.shape, config.in_channels, config.patch)
         check_caption(caption.shape, caption_mask.shape, len(x), config.caption_channels)
-        frames, *grid = patch_grid(x.shape, config.patch)
+        frames, rows, columns = patch_grid(x.shape, config.patch)
         base = config.sample_size // config.patch_size
         positions = position_table(
-            tuple(grid), width, base=base, interpolation=config.interpolation
+            (rows, columns), width, base=base, interpolation=config.interpolation
         )
         embed = VideoEmbedder(width, config.patch, dtype, name="x_embedder")
         tokens = (embed(x) + positions).astype(dtype)

@@ -235,7 +235,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "*b t k"], angles: Float[Array, "t d2"] | None = None
     ) -> Float[Array, "*b t k"]:
-        """Attend over the tokens t; all axes before them are batch. `angles`: see `apply_rotary`."""
+        """Attend over the tokens t, at rotary `angles`; all axes before them are batch."""
         width = x.shape[-1]
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
         q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)

@@ -116,8 +116,7 @@ class VideoBlock(nn.Module):
         self,
         x: Float[Array, "b f t k"],
         mod: Float[Array, "b ... 6 k"],
-        caption: Float[Array, "b s k"] | None = None,
-        mask: Bool[Array, "b s"] | None = None,
+        context: tuple[Float[Array, "b s k"], Bool[Array, "b s"]] | None = None,
         angles: Float[Array, "n d2"] | None = None,
     ) -> Float[Array, "b f t k"]:
         """Update the tokens.
@@ -125,8 +124,8 @@ class VideoBlock(nn.Module):
         Args:
             x: tokens.
             mod: what all blocks share, per sample (b, 6, k) or per frame (b, f, 6, k).
-            caption: embedded; None leaves the cross-attention out, and its parameters.
-            mask: tokens of the caption that may be attended to.
+            context: embedded caption, and which of its tokens may be attended to; None leaves the
+                cross-attention out, and its parameters.
             angles: rotary positions of what is attended over; see `layers.apply_rotary`.
         """
         width = x.shape[-1]
@@ -139,8 +138,8 @@ class VideoBlock(nn.Module):
         else:
             out = attend(out, angles)
         x = x + over_tokens(gate1, x) * out
-        if caption is not None:
+        if context is not None:
             cross = CrossAttention(self.heads, self.dtype, name="cross_attn")
-            x = x + cross(x.reshape(len(x), -1, width), caption, mask).reshape(x.shape)  # no norm
+            x = x + cross(x.reshape(len(x), -1, width), *context).reshape(x.shape)  # no norm
         mlp = MLP(4 * width, width, self.dtype, name="mlp")
         return x + over_tokens(gate2, x) * mlp(modulate(x, shift2, scale2))

@@ -21,6 +21,7 @@ from lowbit_jax.models.layers import (
     MLPEmbedder,
     SelfAttention,
     modulate,
+    over_tokens,
     timestep_embedding,
 )
 from lowbit_jax.models.patches import PatchEmbedder, picture, position_table
@@ -131,16 +132,19 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"], condition: Float[Array, "b k"]):
-        """Update the tokens; `condition` is SiLU(c). Returns a 1-tuple (the carry of the stack)."""
+    def __call__(self, x: Float[Array, "b ... t k"], condition: Float[Array, "b k"]):
+        """Update the tokens; `condition` is SiLU(c). Returns a 1-tuple (the carry of the stack).
+
+        Axes between b and t (the frames of a video) are batch to the attention.
+        """
         config, dtype = self.config, self.dtype
         mod = Linear(6 * config.hidden_size, dtype=dtype, name="adaLN_modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)
         attend = SelfAttention(config.num_heads, dtype, name="attn")
-        x = x + gate1[:, None] * attend(modulate(x, shift1, scale1))
+        x = x + over_tokens(gate1, x) * attend(modulate(x, shift1, scale1))
         mlp = MLP(config.mlp_size, config.hidden_size, dtype, name="mlp")
         out = mlp(modulate(x, shift2, scale2, config.mlp_norm_eps))
-        return (x + gate2[:, None] * out,)
+        return (x + over_tokens(gate2, x) * out,)
 
 
 class FinalLayer(nn.Module):
@@ -150,7 +154,7 @@ class FinalLayer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"], condition: Float[Array, "b k"]):
+    def __call__(self, x: Float[Array, "b ... t k"], condition: Float[Array, "b k"]):
         """Patches, inside a patch "row column c"; `condition` is SiLU(c)."""
         config = self.config
         mod = Linear(2 * config.hidden_size, dtype=self.dtype, name="adaLN_modulation")(condition)

@@ -95,14 +95,26 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
+def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
+    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
+
+    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
+    """
+    ones = (1,) * (x.ndim - vectors.ndim)
+    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
+
+
 def modulate(
-    x: Float[Array, "b t k"],
-    shift: Float[Array, "b k"],
-    scale: Float[Array, "b k"],
+    x: Float[Array, "b ... t k"],
+    shift: Float[Array, "b ... k"],
+    scale: Float[Array, "b ... k"],
     eps: float = 1e-6,
-) -> Float[Array, "b t k"]:
-    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2)."""
-    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
+) -> Float[Array, "b ... t k"]:
+    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2).
+
+    `shift` and `scale` are vectors per sample or per frame, see `over_tokens`.
+    """
+    return layer_norm(x, eps) * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
 
 
 def timestep_embedding(
@@ -207,17 +219,31 @@ def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, 
 
 
 class SelfAttention(nn.Module):
-    """Fused qkv, attention of every token to all, output projection."""
+    """Fused qkv, attention of every token to all, output projection.
+
+    Attributes:
+        heads: attention heads.
+        dtype: of activations and products.
+        qk_norm: whether queries and keys are RMS-normalised, per head.
+    """
 
     heads: int
     dtype: Dtype
+    qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Attend over all tokens."""
+    def __call__(
+        self, x: Float[Array, "*b t k"], angles: Float[Array, "t d2"] | None = None
+    ) -> Float[Array, "*b t k"]:
+        """Attend over the tokens t, at rotary `angles`; all axes before them are batch."""
         width = x.shape[-1]
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        out = attention(*split_heads(qkv, self.heads)).reshape(x.shape)
+        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+        if self.qk_norm:
+            q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
+        if angles is not None:
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        out = attention(q, k, v).reshape(x.shape)
         return Linear(width, dtype=self.dtype, name="proj")(out)
 
 

@@ -15,20 +15,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+from lowbit_jax.models.adaln_single import (
+    CaptionEmbedder,
+    FinalLayer,
+    check_caption,
+    embed_number,
+    scale_shift_table,
+)
 from lowbit_jax.models.layers import (
     MLP,
     BlockStack,
     CrossAttention,
     Linear,
-    MLPEmbedder,
     SelfAttention,
     attention,
     modulate,
-    timestep_embedding,
 )
 from lowbit_jax.models.patches import Grid, PatchEmbedder, picture, position_table
-
-SINUSOIDS = 256  # width of the sinusoidal embeddings of time and of the micro-conditions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,27 +125,6 @@ PIXART_SIGMA_1024_MS = PixArtConfig(sample_size=128, interpolation=2.0)
 PIXART_SIGMA_2K_MS = PixArtConfig(sample_size=256, interpolation=4.0)
 
 
-class CaptionEmbedder(nn.Module):
-    """Linear, tanh GELU, Linear of the text encoder's states; keeps the null caption."""
-
-    config: PixArtConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, caption: Float[Array, "b s c"], mask: Bool[Array, "b s"]
-    ) -> Float[Array, "b s k"]:
-        """Embed; whatever padding holds counts as 0, a caption of nothing but padding is NaN."""
-        config = self.config
-        if config.null_caption_length:
-            shape = (config.null_caption_length, config.caption_channels)
-            self.param("y_embedding", nn.initializers.normal(0.02), shape, jnp.float32)
-        caption = jnp.where(mask[..., None], caption, 0).astype(self.dtype)
-        width = config.hidden_size
-        out = MLP(width, width, self.dtype, name="y_proj")(caption)
-        return jnp.where(mask.any(axis=1)[:, None, None], out, jnp.nan)
-
-
 class CellMean(nn.Module):
     """Every channel's weighted mean over cells of tokens: a depthwise convolution, stride its size.
 
@@ -232,7 +214,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b t k"]]:
         """Update the tokens; `mod` is the same for all blocks, which add a table of their own."""
         config, dtype, heads = self.config, self.dtype, self.config.num_heads
-        mod = mod + _table(self, 6, config.hidden_size)
+        mod = mod + scale_shift_table(self, 6, config.hidden_size)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, 1, 0)
         attend = (
             SelfAttention(heads, dtype, name="attn")
@@ -243,29 +225,6 @@ class Block(nn.Module):
         x = x + CrossAttention(heads, dtype, name="cross_attn")(x, caption, mask)  # no norm
         mlp = MLP(4 * config.hidden_size, config.hidden_size, dtype, name="mlp")
         return (x + gate2[:, None] * mlp(modulate(x, shift2, scale2)),)
-
-
-class FinalLayer(nn.Module):
-    """AdaLN (shift, scale: the time embedding plus a table) and the projection to the pixels."""
-
-    config: PixArtConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t k"], time: Float[Array, "b k"]):
-        """Patches, inside a patch "row column c"."""
-        config = self.config
-        mod = time[:, None] + _table(self, 2, config.hidden_size)
-        features = config.patch_size**2 * config.out_channels
-        linear = Linear(features, dtype=self.dtype, name="linear")
-        return linear(modulate(x, mod[:, 0], mod[:, 1]))
-
-
-def _table(module: Any, rows: int, width: int) -> Float[Array, "r k"]:
-    """A module's `scale_shift_table`, in its dtype."""
-    init = nn.initializers.normal(width**-0.5)
-    table = module.param("scale_shift_table", init, (rows, width), jnp.float32)
-    return jnp.asarray(table).astype(module.dtype)
 
 
 class PixArtTransformer(nn.Module):
@@ -315,28 +274,25 @@ class PixArtTransformer(nn.Module):
         positions = position_table(grid, width, base=base, interpolation=config.interpolation)
         tokens = (embed(x.astype(dtype)) + positions).astype(dtype)
 
-        time = self._embed("t_embedder", width, timestep)
+        time = embed_number(timestep, width, dtype, "t_embedder")
         if resolution is not None and aspect_ratio is not None:
-            size = self._embed("csize_embedder", width // 3, resolution)
-            ratio = self._embed("ar_embedder", width // 3, aspect_ratio)
+            pixels = embed_number(jnp.ravel(resolution), width // 3, dtype, "csize_embedder")
+            size = pixels.reshape(len(x), -1)  # height and width side by side
+            ratio = embed_number(aspect_ratio, width // 3, dtype, "ar_embedder")
             time = time + jnp.concatenate([size, ratio], axis=-1)
         mod = Linear(6 * width, dtype=dtype, name="t_block")(nn.silu(time))
         mask = jnp.asarray(caption_mask, bool)
-        caption = CaptionEmbedder(config, dtype, name="y_embedder")(caption, mask)
+        embed_caption = CaptionEmbedder(width, config.null_caption_length, dtype, name="y_embedder")
+        caption = embed_caption(caption, mask)
 
         def block(layer: int) -> Block:
             return Block(config, config.compression_of(layer), grid, dtype, parent=None)
 
         stack = BlockStack(block, config.depth, remat=self.remat, name="blocks")
         (tokens,) = stack((tokens,), caption, mask, mod.reshape(-1, 6, width))
-        out = FinalLayer(config, dtype, name="final_layer")(tokens, time)
+        features = config.patch_size**2 * config.out_channels
+        out = FinalLayer(features, dtype, name="final_layer")(tokens, time)
         return picture(out, config.patch_size, grid)
-
-    def _embed(self, name: str, features: int, numbers: Array) -> Float[Array, "b n"]:
-        """An MLP of the sinusoids of each number; of several per picture, side by side."""
-        sinusoids = timestep_embedding(jnp.ravel(numbers), SINUSOIDS, scale=1.0)
-        out = MLPEmbedder(features, self.dtype, name=name)(sinusoids.astype(self.dtype))
-        return out.reshape(len(numbers), -1)
 
 
 def _check_inputs(config: PixArtConfig, x, caption, mask, resolution, aspect_ratio) -> None:
@@ -347,11 +303,7 @@ def _check_inputs(config: PixArtConfig, x, caption, mask, resolution, aspect_rat
             f"latents have shape {x[1:]}; this PixArt needs {config.in_channels} channels and rows "
             f"and columns in multiples of {patch}"
         )
-    if caption[0] != batch or caption[2:] != (config.caption_channels,) or mask != caption[:2]:
-        raise ValueError(
-            f"caption has shape {caption}, its mask {mask}; this PixArt needs ({batch}, tokens, "
-            f"{config.caption_channels}) and ({batch}, tokens)"
-        )
+    check_caption(caption, mask, batch, config.caption_channels)
     needed = ((batch, 2), (batch,)) if config.micro_conditions else (None, None)
     if (resolution, aspect_ratio) != needed:
         raise ValueError(

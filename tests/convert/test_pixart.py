@@ -1,21 +1,16 @@
 """PixArt files in diffusers' layout and the original: tree, config, export, and what is refused."""
 
-import json
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 from convert import pixart
-from convert.__main__ import main
 from convert.checkpoint_files import open_checkpoint
-from convert.errors import CheckpointError
-from convert.export import export_diffusers
 from convert.job import plan, run
 from convert.table import expand
-from lowbit_jax.checkpoint import assemble, iter_parts, load
+from lowbit_jax.checkpoint import assemble, iter_parts
 from lowbit_jax.models.pixart import (
     PIXART_ALPHA_512,
     PIXART_ALPHA_1024_MS,
@@ -23,16 +18,10 @@ from lowbit_jax.models.pixart import (
     PixArtTransformer,
     abstract_params,
 )
-from lowbit_jax.models.registry import build
-from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import RECIPES
-from lowbit_jax.quant.transform import quantize
-from tests.references import dit_files, flux_files
 from tests.references.pixart_files import (
     TINY,
-    diffusers_config,
     diffusers_shapes,
-    write_diffusers,
 )
 
 TOLERANCE = 5e-5  # see tests/models/test_pixart.py

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux, pixart
+from convert import dit, flux, latte_t2v, pixart
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -30,6 +30,8 @@ class Source:
     export_layout: Layout
 
 
+# In this order: the first whose marker a checkpoint has. The video networks have all that marks a
+# PixArt, and more.
 SOURCES = {
     "flux": Source(
         layouts=flux.LAYOUTS,
@@ -42,6 +44,12 @@ SOURCES = {
         read_config=dit.read_config,
         to_json=dit.to_diffusers_config,
         export_layout=dit.DIFFUSERS,
+    ),
+    "latte-t2v": Source(
+        layouts=latte_t2v.LAYOUTS,
+        read_config=latte_t2v.read_config,
+        to_json=latte_t2v.to_diffusers_config,
+        export_layout=latte_t2v.DIFFUSERS,
     ),
     "pixart": Source(
         layouts=pixart.LAYOUTS,

@@ -1,6 +1,5 @@
 """PixArt files in diffusers' layout and the original: tree, config, export, and what is refused."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np

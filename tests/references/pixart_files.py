@@ -3,13 +3,10 @@
 Shares nothing with the tables of `convert`. Needs no torch.
 """
 
-import json
+import numpy as np
 
-import ml_dtypes
-
-from convert.safetensors import write_sharded
 from lowbit_jax.models.pixart import PixArtConfig
-from tests.references.flux_files import random_tensors
+from tests.references.conversion import write_checkpoint
 
 # Small, every layer there more than once, no two sizes equal that could be mistaken.
 TINY = PixArtConfig(
@@ -129,15 +126,27 @@ def diffusers_config(config):
     }
 
 
-def write_diffusers(
-    folder, config=TINY, *, max_shard_bytes=10**9, dtype=ml_dtypes.bfloat16, **changes
-):
-    """Write a random diffusers checkpoint and return its folder.
+def write_diffusers(folder, config=TINY, **changes):
+    """Write a random diffusers checkpoint and return its folder; see `write_checkpoint`."""
+    return write_checkpoint(folder, diffusers_shapes(config), diffusers_config(config), **changes)
 
-    `changes` replace tensors ({name: array}); None leaves one out.
-    """
-    tensors = random_tensors(diffusers_shapes(config), dtype) | changes
-    tensors = {name: value for name, value in tensors.items() if value is not None}
-    write_sharded(folder, tensors, max_shard_bytes)
-    (folder / "config.json").write_text(json.dumps(diffusers_config(config)))
-    return folder
+
+def write_original(folder, config=TINY, stated=None, **changes):
+    """Write a random original checkpoint and return its folder; heads are in its `config.json`."""
+    stated = {"num_attention_heads": config.num_heads} if stated is None else stated
+    table = position_table(config)[None]
+    return write_checkpoint(
+        folder, original_shapes(config), stated, **({"pos_embed": table} | changes)
+    )
+
+
+def position_table(config):
+    """The published table, row by row, one position after the other; float32."""
+    n, quarter = config.sample_size // config.patch_size, config.hidden_size // 4
+    omega = 1 / 10000 ** (np.arange(quarter) / quarter)
+    rows = []
+    for y in range(n):
+        for x in range(n):
+            across, down = x / config.interpolation * omega, y / config.interpolation * omega
+            rows.append([np.sin(across), np.cos(across), np.sin(down), np.cos(down)])
+    return np.array(rows, np.float32).reshape(n * n, -1)

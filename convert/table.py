@@ -33,6 +33,8 @@ class Row:
             convolution over patches that is our linear.
         repeated: a stack; the source is stored once in each of its layers (`{i}`), all equal. One
             is kept, see `check_copies`; the way back writes all of them.
+        optional: some configs have no such parameter, or not in every layer (FLUX.1-schnell has no
+            guidance embedder); the row is then left out.
     """
 
     target: str
@@ -42,6 +44,11 @@ class Row:
     vector: bool = False
     kernel_tail: Callable[[Any], tuple[int, ...]] | None = None
     repeated: str | None = None
+    optional: bool = False
+
+    def parameters(self) -> dict[str, str]:
+        """Suffixes of the target's parameters, with those of the sources."""
+        return {"": ""} if self.vector else {"/kernel": ".weight", "/bias": ".bias"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +60,12 @@ class Layout:
         marker: a tensor that only this layout has.
         rows: the table.
         stacks: our stack -> the config field with its number of layers.
-        skip_row: rows absent under a config (a schnell checkpoint has no guidance embedder).
     """
 
     name: str
     marker: str
     rows: tuple[Row, ...]
     stacks: Mapping[str, str]
-    skip_row: Callable[[Row, Any], bool] = lambda row, config: False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +119,11 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
         prefix = f"{stack}/{{i}}/" if layer else ""
         for row in layout.rows:
             if row.target.startswith(prefix) and bool(layer) == ("{i}" in row.target):
-                if not layout.skip_row(row, config):
-                    repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
-                    leaves += _row_leaves(
-                        row, row.target.removeprefix(prefix), part, layer, repeats, config, paths
-                    )
+                target = row.target.removeprefix(prefix)
+                if row.optional and not any(target + end in paths for end in row.parameters()):
+                    continue
+                repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
+                leaves += _row_leaves(row, target, part, layer, repeats, config, paths)
         covered = {leaf.path for leaf in leaves if leaf.part == part}
         if covered != set(paths):
             missing = sorted(set(paths) ^ covered)
@@ -129,8 +134,7 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
 def _row_leaves(
     row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
 ) -> Iterator[Leaf]:
-    kinds = [("", "")] if row.vector else [("/kernel", ".weight"), ("/bias", ".bias")]
-    for suffix, source_suffix in kinds:
+    for suffix, source_suffix in row.parameters().items():
         shape = paths[target + suffix]
         tail = shape[1:]
         if suffix == "/kernel":

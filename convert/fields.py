@@ -1,7 +1,8 @@
-"""Fields of a `config.json`, checked: what is no size, or a setting that a port does not have."""
+"""The sizes of a model: fields of a `config.json`, checked, and what the tensors' shapes tell."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -43,6 +44,42 @@ def learns_sigma(channels: int, out: int | None) -> bool:
             f"or noise and variance ({2 * channels})"
         )
     return out == 2 * channels
+
+
+def shape(checkpoint: Checkpoint, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from.
+
+    Raises:
+        CheckpointError: no such tensor. ValueError: another number of axes, or an empty one.
+    """
+    found = tuple(checkpoint.info(name).shape)
+    if len(found) != axes or 0 in found:
+        raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
+    return found
+
+
+def depth(checkpoint: Checkpoint, stack: str = "blocks") -> int:
+    """1 + the highest number in names like "blocks.27.x"; gaps are then reported as missing."""
+    pattern = re.compile(re.escape(stack) + r"\.(\d{1,4})\.")
+    found = [int(match[1]) for name in checkpoint.names if (match := pattern.match(name))]
+    return max(found, default=-1) + 1
+
+
+def heads(config: Mapping[str, Any] | None, width: int, published: Mapping[int, int]) -> int:
+    """Attention heads: as a config says, or the published ones of this width.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    if config is not None and "num_attention_heads" in config:
+        return integer(config, "num_attention_heads")
+    if width not in published:
+        known = ", ".join(map(str, sorted(published)))
+        raise ValueError(
+            f"the heads of a width of {width} are in no tensor (published are {known}); put a "
+            'config.json beside the file: {"num_attention_heads": N}'
+        )
+    return published[width]
 
 
 def read(checkpoint: Checkpoint, network: str, make: Callable[[], Config]) -> Config:

@@ -159,3 +159,10 @@ def randomise(model, seed=0):
 def state_arrays(model):
     """State dict as numpy arrays."""
     return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+
+def run(model, inputs):
+    """The reference's output for numpy inputs by name."""
+    tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        return model(**tensors).numpy()

@@ -114,7 +114,7 @@ def test_bfloat16_runs_near_float32(reference):
     theirs = reference.torch_latte(TINY)
     params = params_of(reference.state_arrays(theirs), TINY)
     low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    exact = LatteTransformer(TINY).apply({"params": low}, **example(TINY))
+    exact = jax.jit(LatteTransformer(TINY).apply)({"params": low}, **example(TINY))
     out = jax.jit(LatteTransformer(TINY, jnp.bfloat16).apply)({"params": low}, **example(TINY))
     assert out.dtype == jnp.bfloat16
     difference = np.asarray(out, np.float32) - np.asarray(exact)

@@ -120,7 +120,7 @@ def test_bfloat16_runs_near_float32():
     """8 bits, and the roundings of 3 blocks."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(TINY))
     inputs = example(TINY)
-    exact = STDiTTransformer(TINY).apply({"params": params}, **inputs)
+    exact = jax.jit(STDiTTransformer(TINY).apply)({"params": params}, **inputs)
     out = jax.jit(STDiTTransformer(TINY, jnp.bfloat16).apply)({"params": params}, **inputs)
     assert out.dtype == jnp.bfloat16
     difference = np.asarray(out, np.float32) - np.asarray(exact)

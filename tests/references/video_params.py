@@ -76,6 +76,19 @@ def stdit_params(state, config):
     return names.tree([names.block(f"blocks.{i}", kinds) for i in range(config.depth)])
 
 
+def stdit3_params(state, config):
+    """STDiT3."""
+    names = Names(state, unused=("rope.freqs",))
+    pairs = [
+        {
+            kind: names.block(f"{kind}_blocks.{i}", qk_norm=config.qk_norm)
+            for kind in ("spatial", "temporal")
+        }
+        for i in range(config.pairs)
+    ]
+    return names.tree(pairs, fps_embedder=names.embedder("fps_embedder"))
+
+
 def random_tree(abstract, seed=0):
     """Float32 parameters for a tree of shapes, nothing at zero: outputs as large as inputs."""
     rng = np.random.default_rng(seed)

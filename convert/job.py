@@ -160,7 +160,11 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
         "config": dataclasses.asdict(job.config),
         "recipe": job.recipe.to_json(),
         "dtype": str(jnp.dtype(job.dtype)),
-        "source": {"layout": job.layout.name, "files": digests},
+        "source": {
+            "layout": job.layout.name,
+            "files": digests,
+            "notes": list(job.checkpoint.notes),
+        },
     }
 
 

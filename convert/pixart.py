@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Any
 
+from convert import fields
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -20,6 +23,11 @@ FIXED = {
     "norm_type": "ada_norm_single",
 }
 STACKS = {"blocks": "depth"}
+# of the original layout
+PUBLISHED_HEADS = {1152: 16}  # by width
+POSITIONS = "pos_embed"
+SAMPLER = "blocks.{i}.attn.sr.weight"  # there if and only if the layer is compressed
+INTERPOLATIONS = (0.5, 1.0, 2.0, 4.0)  # of 256, 512, 1024 and 2048 pixels
 
 
 def _row(target: str, *sources: str, **options: Any) -> Row:
@@ -122,9 +130,16 @@ LAYOUTS = (DIFFUSERS, ORIGINAL)
 def read_config(checkpoint: Checkpoint, layout: Layout) -> PixArtConfig:
     """The model's sizes: from diffusers' `config.json`, or from the original's shapes.
 
+    Of the original, no tensor tells the number of heads; they are the published ones by the width.
+    A `config.json` beside the file may say `num_attention_heads`, and `sample_size` and
+    `interpolation_scale` of a file without its position table.
+
     Raises:
-        CheckpointError: no config.json beside diffusers' layout, or one this port cannot follow.
+        CheckpointError: no config.json beside diffusers' layout, one this port cannot follow, or
+            sizes that neither it nor the tensors tell.
     """
+    if layout.name == ORIGINAL.name:
+        return fields.read(checkpoint, "PixArt", lambda: _from_original(checkpoint))
     config = checkpoint.config
     if config is None:
         raise CheckpointError(
@@ -132,11 +147,10 @@ def read_config(checkpoint: Checkpoint, layout: Layout) -> PixArtConfig:
             "the sample size and the heads of a PixArt are in no tensor; add diffusers' "
             "config.json",
         )
-    try:
-        return from_diffusers_config(config, micro_conditions=MICRO in checkpoint.names)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"config.json lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(checkpoint.source, f"not a PixArt config: {reason}") from error
+    micro = MICRO in checkpoint.names
+    return fields.read(
+        checkpoint, "PixArt", lambda: from_diffusers_config(config, micro_conditions=micro)
+    )
 
 
 def from_diffusers_config(config: dict[str, Any], *, micro_conditions: bool) -> PixArtConfig:
@@ -150,67 +164,141 @@ def from_diffusers_config(config: dict[str, Any], *, micro_conditions: bool) -> 
     Raises:
         ValueError: a setting this port does not have.
     """
-    for field, value in FIXED.items():
-        if config.get(field, value) != value:
-            raise ValueError(f"{field} is {quote(config[field])}; PixArt has {quote(value)}")
-    channels, out = _size(config, "in_channels"), config.get("out_channels")
-    if out not in (None, channels, 2 * channels):
-        raise ValueError(
-            f"out_channels is {quote(out)}; PixArt predicts noise ({channels}) "
-            f"or noise and variance ({2 * channels})"
-        )
-    heads, sample_size = _size(config, "num_attention_heads"), _size(config, "sample_size")
-    width = heads * _size(config, "attention_head_dim")
-    if config.get("cross_attention_dim", width) != width:
-        found = quote(config["cross_attention_dim"])
-        raise ValueError(f"cross_attention_dim is {found}; PixArt has its own width, {width}")
-    interpolation = config.get("interpolation_scale")
-    if interpolation is None:
-        interpolation = max(sample_size // 64, 1)  # diffusers' default
-    if type(interpolation) not in (int, float) or not 0 < interpolation < 100:
-        raise ValueError(f"interpolation_scale is {quote(interpolation)}, not a positive number")
+    fields.check_fixed(config, FIXED, "PixArt")
+    heads, sample_size, channels = (
+        fields.integer(config, name)
+        for name in ("num_attention_heads", "sample_size", "in_channels")
+    )
+    width = heads * fields.integer(config, "attention_head_dim")
+    fields.check_fixed(config, {"cross_attention_dim": width}, "PixArt of this width")
     stated = config.get("use_additional_conditions")
+    if stated not in (None, True, False):
+        raise ValueError(f"use_additional_conditions is {quote(stated)}, not true or false")
     return PixArtConfig(
         sample_size=sample_size,
-        interpolation=float(interpolation),
-        patch_size=_size(config, "patch_size"),
+        interpolation=_interpolation(config, default=max(sample_size // 64, 1)),  # as diffusers
+        patch_size=fields.integer(config, "patch_size"),
         in_channels=channels,
         hidden_size=width,
-        depth=_size(config, "num_layers"),
+        depth=fields.integer(config, "num_layers"),
         num_heads=heads,
-        caption_channels=_size(config, "caption_channels"),
-        learn_sigma=out == 2 * channels,
-        micro_conditions=micro_conditions if stated is None else bool(stated),
+        caption_channels=fields.integer(config, "caption_channels"),
+        learn_sigma=fields.learns_sigma(channels, config.get("out_channels")),
+        micro_conditions=micro_conditions if stated is None else stated,
     )
 
 
-def _size(config: dict[str, Any], field: str) -> int:
-    value = config[field]
-    if type(value) is not int or not 1 <= value < 10**5:
-        raise ValueError(f"{field} is {quote(value)}, not an integer from 1")
-    return value
+def _interpolation(config: dict[str, Any], default: float) -> float:
+    value = config.get("interpolation_scale")
+    if value is None:
+        return float(default)
+    if type(value) not in (int, float) or not 0 < value < 100:
+        raise ValueError(f"interpolation_scale is {quote(value)}, not a number from 0 to 100")
+    return float(value)
 
 
 def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
     """The `config.json` with which diffusers loads an exported model.
 
     Raises:
-        ValueError: a model that diffusers does not have.
+        ValueError: parts that diffusers has no place for.
     """
+    if config.compressed_layers or config.null_caption_length:
+        raise ValueError(
+            f"diffusers has no place for a null caption ({config.null_caption_length} tokens) and "
+            f"for compressed layers ({len(config.compressed_layers)}): choose layout 'original'"
+        )
     return {
         "_class_name": "PixArtTransformer2DModel",
         "_diffusers_version": "0.32.0",
         **FIXED,
+        **to_original_config(config),
         "attention_head_dim": config.hidden_size // config.num_heads,
         "caption_channels": config.caption_channels,
         "cross_attention_dim": config.hidden_size,
         "in_channels": config.in_channels,
-        "interpolation_scale": config.interpolation,
-        "num_attention_heads": config.num_heads,
         "num_embeds_ada_norm": 1000,
         "num_layers": config.depth,
         "out_channels": config.out_channels,
         "patch_size": config.patch_size,
-        "sample_size": config.sample_size,
         "use_additional_conditions": config.micro_conditions,
     }
+
+
+def to_original_config(config: PixArtConfig) -> dict[str, Any]:
+    """What no tensor of the original layout tells: a `config.json` that `read_config` reads."""
+    return {
+        "interpolation_scale": config.interpolation,
+        "num_attention_heads": config.num_heads,
+        "sample_size": config.sample_size,
+    }
+
+
+def _from_original(checkpoint: Checkpoint) -> PixArtConfig:
+    """Sizes from shapes; `check` compares every shape with them afterwards."""
+    stated = checkpoint.config or {}
+    names = set(checkpoint.names)
+
+    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
+        found = tuple(checkpoint.info(name).shape)
+        if len(found) != axes or 0 in found:
+            raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
+        return found
+
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    # a block that is missing among them shortens the model, and `check` names it
+    depth = len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
+    compressed = [i for i in range(depth) if SAMPLER.format(i=i) in names]
+    null = "y_embedder.y_embedding"
+    side, interpolation = _positions(checkpoint, stated, patch)
+    out = shape("final_layer.linear.weight")[0] // patch**2
+    return PixArtConfig(
+        sample_size=side,
+        interpolation=interpolation,
+        patch_size=patch,
+        in_channels=channels,
+        hidden_size=width,
+        depth=depth,
+        num_heads=_heads(stated, width),
+        caption_channels=shape("y_embedder.y_proj.fc1.weight")[1],
+        learn_sigma=fields.learns_sigma(channels, out),
+        micro_conditions="csize_embedder.mlp.0.weight" in names,
+        null_caption_length=shape(null)[0] if null in names else 0,
+        compressed_layers=tuple(compressed),
+        compression=shape(SAMPLER.format(i=compressed[0]), 4)[-1] if compressed else 2,
+    )
+
+
+def _heads(stated: dict[str, Any], width: int) -> int:
+    if "num_attention_heads" in stated:
+        return fields.integer(stated, "num_attention_heads")
+    if width not in PUBLISHED_HEADS:
+        raise ValueError(
+            f"the heads of a width of {width} are in no tensor (published: "
+            f"{PUBLISHED_HEADS}); add a config.json with num_attention_heads"
+        )
+    return PUBLISHED_HEADS[width]
+
+
+def _positions(checkpoint: Checkpoint, stated: dict[str, Any], patch: int) -> tuple[int, float]:
+    """Sample size and interpolation: of the table `pos_embed`, or as the config.json says."""
+    if POSITIONS not in checkpoint.names:
+        missing = [name for name in ("sample_size", "interpolation_scale") if name not in stated]
+        if missing:
+            raise ValueError(
+                f"without '{POSITIONS}' no tensor tells the size that positions are scaled to; add "
+                f"a config.json with {' and '.join(missing)}"
+            )
+        return fields.integer(stated, "sample_size"), _interpolation(stated, default=1)
+    table = checkpoint.read(POSITIONS)
+    grid = math.isqrt(table.shape[1]) if table.ndim == 3 else 0
+    if grid < 2 or table.shape != (1, grid * grid, *table.shape[2:]):
+        raise ValueError(f"tensor '{POSITIONS}' has shape {table.shape}, not (1, a square, width)")
+    first = float(table[0, 1, 0])  # of column 1: sin(1 / interpolation)
+    for scale in INTERPOLATIONS:
+        if abs(first - math.sin(1 / scale)) < 1e-2:
+            return grid * patch, scale
+    raise ValueError(
+        f"'{POSITIONS}' begins with {first} in column 1, which is no position divided by "
+        f"{', '.join(map(str, INTERPOLATIONS))}"
+    )

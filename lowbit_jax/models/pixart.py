@@ -87,6 +87,12 @@ class PixArtConfig:
                 raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {name}")
         if self.depth < 1:
             raise ValueError(f"depth {self.depth}: a PixArt has at least one block")
+        if not self.interpolation > 0:
+            raise ValueError(f"interpolation {self.interpolation} is not above 0")
+        if self.compressed_layers and self.compression < 2:
+            raise ValueError(
+                f"compression {self.compression} of layers {self.compressed_layers} is not from 2"
+            )
         if list(self.compressed_layers) != sorted(set(self.compressed_layers) & set(self.layers)):
             raise ValueError(
                 f"compressed_layers {self.compressed_layers} are not some of the layers 0 to "
@@ -174,8 +180,8 @@ class CompressedAttention(nn.Module):
             raise ValueError(f"a picture of {self.grid} patches has no cell of {self.cell}")
         b, t, width = x.shape
         qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, *kv = jnp.split(qkv, 3, axis=-1)
-        kv = jnp.stack(kv).reshape(2, b, *self.grid, width)
+        q, *rest = jnp.split(qkv, 3, axis=-1)
+        kv = jnp.stack(rest).reshape(2, b, *self.grid, width)
         cells = CellMean(self.cell, self.dtype, name="sr")(kv)
         norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")
         k, v = norm(cells).reshape(2, b, -1, self.heads, width // self.heads)
@@ -210,10 +216,11 @@ class Block(nn.Module):
         config, dtype, heads = self.config, self.dtype, self.config.num_heads
         mod = mod + scale_shift_table(self, 6, config.hidden_size)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, 1, 0)
-        if self.cell == 1:
-            attend = SelfAttention(heads, dtype, name="attn")
-        else:
-            attend = CompressedAttention(heads, self.cell, self.grid, dtype, name="attn")
+        attend = (
+            SelfAttention(heads, dtype, name="attn")
+            if self.cell == 1
+            else CompressedAttention(heads, self.cell, self.grid, dtype, name="attn")
+        )
         x = x + gate1[:, None] * attend(modulate(x, shift1, scale1))
         x = x + CrossAttention(heads, dtype, name="cross_attn")(x, caption, mask)  # no norm
         mlp = MLP(4 * config.hidden_size, config.hidden_size, dtype, name="mlp")

@@ -75,8 +75,8 @@ def pickle(source):
         (truncate, "truncated"),
         (cut_header, "truncated"),
         (duplicate_key, "the key 'context_embedder.bias' appears twice"),
-        (pickle, "is a PyTorch pickle"),
-        (lambda source: (source / WEIGHTS).unlink(), "holds no .safetensors"),
+        (pickle, "diffusion_pytorch_model.bin: starts b"),
+        (lambda source: (source / WEIGHTS).unlink(), "holds no file of weights"),
         (lambda source: (source / "config.json").write_text("{"), "config.json: is not valid JSON"),
     ],
 )

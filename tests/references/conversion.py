@@ -93,7 +93,7 @@ def assert_recipes(model, config, in_blocks, outside):
         in_blocks: linear inside a layer of "blocks" -> (n, k). Quantised.
         outside: linear outside -> (n, k). Kept.
     """
-    depth = getattr(config, SOURCES[model].export_layout.stacks["blocks"])
+    depth = getattr(config, SOURCES[model].export_layout().stacks["blocks"])
     quantised = {
         f"blocks/{i}/{name}": shape for i in range(depth) for name, shape in in_blocks.items()
     }

@@ -1,7 +1,8 @@
-"""Fields of a `config.json`, checked: what is no size, or a setting that a port does not have."""
+"""A network's sizes, from a `config.json` or from shapes; errors name the field or the tensor."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -43,6 +44,37 @@ def learns_sigma(channels: int, out: int | None) -> bool:
             f"or noise and variance ({2 * channels})"
         )
     return out == 2 * channels
+
+
+def shape(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor. CheckpointError where it is missing, ValueError for other axes."""
+    found = tuple(checkpoint.info(name).shape)
+    if len(found) != axes or 0 in found:
+        raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
+    return found
+
+
+def layers(checkpoint: Checkpoint, stack: str) -> int:
+    """How many layers of `stack` have a tensor. (One that has none makes others unknown.)"""
+    numbers = (re.match(rf"{stack}\.(\d+)\.", name) for name in checkpoint.names)
+    return len({number[1] for number in numbers if number})
+
+
+def heads(checkpoint: Checkpoint, field: str, width: int, published: Mapping[int, int]) -> int:
+    """Attention heads, which are in no tensor: of the `config.json`, or the published by width.
+
+    Raises:
+        ValueError: neither says.
+    """
+    stated = checkpoint.config or {}
+    if field in stated:
+        return integer(stated, field)
+    if width not in published:
+        raise ValueError(
+            f"the heads of a width of {width} are in no tensor (published: {dict(published)}); "
+            f"add a config.json with {field}"
+        )
+    return published[width]
 
 
 def read(checkpoint: Checkpoint, network: str, make: Callable[[], Config]) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowbit_jax.models import dit, flux, latte_t2v, pixart
+from lowbit_jax.models import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,21 @@ class Network:
 NETWORKS = {
     "flux": Network(
         config=flux.FluxConfig, module=flux.FluxTransformer, abstract_params=flux.abstract_params
+    ),
+    "latte": Network(
+        config=latte.LatteConfig,
+        module=latte.LatteTransformer,
+        abstract_params=latte.abstract_params,
+    ),
+    "stdit": Network(
+        config=stdit.STDiTConfig,
+        module=stdit.STDiTTransformer,
+        abstract_params=stdit.abstract_params,
+    ),
+    "stdit3": Network(
+        config=stdit3.STDiT3Config,
+        module=stdit3.STDiT3Transformer,
+        abstract_params=stdit3.abstract_params,
     ),
     "dit": Network(
         config=dit.DiTConfig, module=dit.DiTTransformer, abstract_params=dit.abstract_params

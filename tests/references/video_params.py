@@ -49,31 +49,62 @@ class Names:
 
     def tree(self, blocks, **more):
         """The whole tree; everything must have been taken."""
-        caption = {part: self.linear(f"y_embedder.y_proj.{part}") for part in ("fc1", "fc2")}
         params = more | {
             "x_embedder": {"proj": self.linear("x_embedder.proj")},
             "t_embedder": self.embedder("t_embedder"),
+            "blocks": {"0": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)},
+        }
+        if self.state:
+            raise ValueError(f"no place for {sorted(self.state)}")
+        return jax.tree.map(jnp.asarray, params)
+
+    def text_tree(self, blocks, **more):
+        """The whole tree of a network for text, with adaLN-single."""
+        caption = {part: self.linear(f"y_embedder.y_proj.{part}") for part in ("fc1", "fc2")}
+        parts = {
             "t_block": self.linear("t_block.1"),
             "y_embedder": {
                 "y_proj": caption,
                 "y_embedding": self.take("y_embedder.y_embedding"),
             },
-            "blocks": {"0": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)},
             "final_layer": {
                 "scale_shift_table": self.take("final_layer.scale_shift_table"),
                 "linear": self.linear("final_layer.linear"),
             },
         }
-        if self.state:
-            raise ValueError(f"no place for {sorted(self.state)}")
-        return jax.tree.map(jnp.asarray, params)
+        return self.tree(blocks, **parts, **more)
+
+
+def latte_params(state, config):
+    """Latte, class-conditional."""
+    names = Names(state, unused=("pos_embed", "temp_embed"))
+
+    def block(i):
+        return {
+            "adaLN_modulation": names.linear(f"blocks.{i}.adaLN_modulation.1"),
+            "attn": names.attention(f"blocks.{i}.attn"),
+            "mlp": {part: names.linear(f"blocks.{i}.mlp.{part}") for part in ("fc1", "fc2")},
+        }
+
+    pairs = [{"spatial": block(i), "temporal": block(i + 1)} for i in range(0, config.depth, 2)]
+    final = "final_layer"
+    parts = {
+        final: {
+            "adaLN_modulation": names.linear(f"{final}.adaLN_modulation.1"),
+            "linear": names.linear(f"{final}.linear"),
+        }
+    }
+    if config.num_classes:
+        table = names.take("y_embedder.embedding_table.weight")
+        parts["y_embedder"] = {"embedding_table": table}
+    return names.tree(pairs, **parts)
 
 
 def stdit_params(state, config):
     """STDiT."""
     names = Names(state, unused=("pos_embed", "pos_embed_temporal"))
     kinds = ("attn", "attn_temp")
-    return names.tree([names.block(f"blocks.{i}", kinds) for i in range(config.depth)])
+    return names.text_tree([names.block(f"blocks.{i}", kinds) for i in range(config.depth)])
 
 
 def stdit3_params(state, config):
@@ -86,7 +117,7 @@ def stdit3_params(state, config):
         }
         for i in range(config.pairs)
     ]
-    return names.tree(pairs, fps_embedder=names.embedder("fps_embedder"))
+    return names.text_tree(pairs, fps_embedder=names.embedder("fps_embedder"))
 
 
 def random_tree(abstract, seed=0):

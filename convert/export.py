@@ -87,6 +87,11 @@ def source_tensors(
         for leaf in expand(layout, config, shapes)
         for name, shape in leaf.source_shapes().items()
     }
+    for constant in layout.constants:
+        value = np.asarray(constant.value(config)).astype(dtype)
+        tensors[constant.source] = TensorSpec(
+            shape=value.shape, dtype=dtype, make=partial(np.asarray, value)
+        )
     return dict(sorted(tensors.items()))
 
 
@@ -114,7 +119,7 @@ class Arguments:
     dtype: Literal["bf16", "f32"] = "bf16"
     """Of the tensors."""
     layout: str | None = None
-    """Names and shapes; diffusers' where there is one. PixArt also: original."""
+    """Names and shapes; diffusers' where there is one. DiT and PixArt also: original."""
 
 
 def main(argv: list[str] | None = None) -> int:

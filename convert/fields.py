@@ -1,4 +1,4 @@
-"""A network's sizes, from a `config.json` or from shapes; errors name the field or the tensor."""
+"""The sizes of a model: fields of a `config.json`, checked, and what the tensors' shapes tell."""
 
 from __future__ import annotations
 
@@ -46,33 +46,43 @@ def learns_sigma(channels: int, out: int | None) -> bool:
     return out == 2 * channels
 
 
-def shape(checkpoint: Checkpoint, name: str, axes: int) -> tuple[int, ...]:
-    """The shape of a tensor. CheckpointError where it is missing, ValueError for other axes."""
+def shape(checkpoint: Checkpoint, name: str, axes: int = 2) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from.
+
+    Raises:
+        CheckpointError: no such tensor. ValueError: another number of axes, or an empty one.
+    """
     found = tuple(checkpoint.info(name).shape)
     if len(found) != axes or 0 in found:
         raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
     return found
 
 
-def layers(checkpoint: Checkpoint, stack: str) -> int:
-    """How many layers of `stack` have a tensor. (One that has none makes others unknown.)"""
-    numbers = (re.match(rf"{stack}\.(\d+)\.", name) for name in checkpoint.names)
-    return len({number[1] for number in numbers if number})
+def depth(checkpoint: Checkpoint, stack: str = "blocks") -> int:
+    """1 + the highest number in names like "blocks.27.x"; gaps are then reported as missing."""
+    pattern = re.compile(re.escape(stack) + r"\.(\d{1,4})\.")
+    found = [int(match[1]) for name in checkpoint.names if (match := pattern.match(name))]
+    return max(found, default=-1) + 1
 
 
-def heads(checkpoint: Checkpoint, field: str, width: int, published: Mapping[int, int]) -> int:
-    """Attention heads, which are in no tensor: of the `config.json`, or the published by width.
+def heads(
+    config: Mapping[str, Any] | None,
+    width: int,
+    published: Mapping[int, int],
+    field: str = "num_attention_heads",
+) -> int:
+    """Attention heads: as a config's `field` says, or the published ones of this width.
 
     Raises:
-        ValueError: neither says.
+        ValueError: neither tells.
     """
-    stated = checkpoint.config or {}
-    if field in stated:
-        return integer(stated, field)
+    if config is not None and field in config:
+        return integer(config, field)
     if width not in published:
+        known = ", ".join(map(str, sorted(published)))
         raise ValueError(
-            f"the heads of a width of {width} are in no tensor (published: {dict(published)}); "
-            f"add a config.json with {field}"
+            f"the heads of a width of {width} are in no tensor (published are {known}); put a "
+            f'config.json beside the file: {{"{field}": N}}'
         )
     return published[width]
 

@@ -10,8 +10,10 @@ import numpy as np
 
 from convert import fields
 from convert.checkpoint_files import Checkpoint
-from convert.table import Layout, Row
+from convert.table import Constant, Layout, Row
+from lowbit_jax.models.patches import position_table
 from lowbit_jax.models.stdit import STDiTConfig
+from lowbit_jax.models.video import frame_positions
 
 PUBLISHED_HEADS = {1152: 16}
 
@@ -23,6 +25,16 @@ def row(target: str, *sources: str, **options: Any) -> Row:
 
 def _patch(config: Any) -> tuple[int, ...]:
     return (config.in_channels, *config.patch_size)
+
+
+def _positions(config: STDiTConfig) -> Any:
+    _, rows, columns = config.grid
+    table = position_table((rows, columns), config.hidden_size, interpolation=config.space_scale)
+    return table[None]
+
+
+def _in_time(config: STDiTConfig) -> Any:
+    return frame_positions(config.grid[0], config.hidden_size, config.time_scale)[None]
 
 
 # what STDiT and STDiT3 have in common
@@ -55,6 +67,10 @@ ORIGINAL = Layout(
     marker="blocks.0.attn_temp.qkv.weight",
     stacks={"blocks": "depth"},
     rows=(*OUTSIDE, *block("blocks/{i}/", "blocks.{i}.", "attn", "attn_temp")),
+    constants=(
+        Constant(source="pos_embed", value=_positions),
+        Constant(source="pos_embed_temporal", value=_in_time),
+    ),
 )
 
 LAYOUTS = (ORIGINAL,)
@@ -76,13 +92,13 @@ def read_config(checkpoint: Checkpoint, layout: Layout) -> STDiTConfig:
 def shared_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     """Fields of the config that STDiT and STDiT3 have in common, but for the depth."""
     width, channels, *patch = fields.shape(checkpoint, "x_embedder.proj.weight", 5)
-    tokens, caption_channels = fields.shape(checkpoint, "y_embedder.y_embedding", 2)
-    outputs, _ = fields.shape(checkpoint, "final_layer.linear.weight", 2)
+    tokens, caption_channels = fields.shape(checkpoint, "y_embedder.y_embedding")
+    outputs, _ = fields.shape(checkpoint, "final_layer.linear.weight")
     return {
         "patch_size": tuple(patch),
         "in_channels": channels,
         "hidden_size": width,
-        "num_heads": fields.heads(checkpoint, "num_heads", width, PUBLISHED_HEADS),
+        "num_heads": fields.heads(checkpoint.config, width, PUBLISHED_HEADS, "num_heads"),
         "caption_channels": caption_channels,
         "null_caption_length": tokens,
         "learn_sigma": fields.learns_sigma(channels, outputs // math.prod(patch)),
@@ -103,7 +119,7 @@ def _from_shapes(checkpoint: Checkpoint) -> STDiTConfig:
         input_size=(stated[0], stated[1], stated[2]),
         space_scale=_scale(checkpoint, "pos_embed", width // 2),
         time_scale=_scale(checkpoint, "pos_embed_temporal", width),
-        depth=fields.layers(checkpoint, "blocks"),
+        depth=fields.depth(checkpoint),
         **sizes,
     )
 
@@ -119,10 +135,11 @@ def _scale(checkpoint: Checkpoint, name: str, width: int) -> float:
         return 1.0
     lowest = width // 2 - 1
     sine = float(np.float64(table[0, 1, lowest]))
-    if not 0 < sine < 1:
-        raise ValueError(f"tensor '{name}' has {sine} where a sine of position 1 is expected")
-    scale = 10000.0 ** (-lowest / (width // 2)) / math.asin(sine)
-    return float(Fraction(scale).limit_denominator(16))
+    angle = math.asin(sine) if 0 < sine < 1 else math.inf
+    scale = Fraction(10000.0 ** (-lowest / (width // 2)) / angle).limit_denominator(16)
+    if not scale:
+        raise ValueError(f"tensor '{name}' has {sine} where the sine of a position is expected")
+    return float(scale)
 
 
 def to_config(config: STDiTConfig) -> dict[str, Any]:

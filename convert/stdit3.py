@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from convert import fields
 from convert.checkpoint_files import Checkpoint
 from convert.stdit import OUTSIDE, block, row, shared_sizes
-from convert.table import Layout, Row
+from convert.table import Constant, Layout, Row
+from lowbit_jax.models.layers import rotary_angles
 from lowbit_jax.models.stdit3 import STDiT3Config
 
 # what this port computes, as the published config says it; a config.json may leave each out
 FIXED = {"mlp_ratio": 4.0, "skip_y_embedder": False}
+
+
+def _frequencies(config: STDiT3Config) -> Any:
+    return rotary_angles(jnp.ones((1, 1)), (config.head_dim,))[0]  # those of position 1
 
 
 def _block(ours: str, theirs: str) -> tuple[Row, ...]:
@@ -38,6 +45,8 @@ ORIGINAL = Layout(
         *_block("blocks/{i}/spatial/", "spatial_blocks.{i}."),
         *_block("blocks/{i}/temporal/", "temporal_blocks.{i}."),
     ),
+    # a parameter that rotary-embedding-torch does not train
+    constants=(Constant(source="rope.freqs", value=_frequencies, optional=True),),
 )
 
 LAYOUTS = (ORIGINAL,)
@@ -62,7 +71,7 @@ def _from_shapes(checkpoint: Checkpoint) -> STDiT3Config:
     fields.check_fixed(stated, FIXED, "STDiT3")
     return STDiT3Config(
         base_resolution=fields.integer({"input_sq_size": 512} | stated, "input_sq_size"),
-        pairs=fields.layers(checkpoint, "spatial_blocks"),
+        pairs=fields.depth(checkpoint, "spatial_blocks"),
         qk_norm="spatial_blocks.0.attn.q_norm.weight" in checkpoint.names,
         **shared_sizes(checkpoint),
     )

@@ -2,14 +2,16 @@
 
 One `Row` per linear, table or norm scale. A row's sources are concatenated along the output axis
 (fused matrices); the same rows, read backwards, split a tree into source tensors for the way back.
+A `Constant` is a tensor of the source that is no parameter here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
@@ -54,6 +56,21 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A tensor of the source that our model computes: compared, not kept; an export writes it.
+
+    Attributes:
+        source: its name.
+        value: the numbers it must have, in its shape, from the config; none larger than 1.
+        optional: some publishers leave it out of their files.
+    """
+
+    source: str
+    value: Callable[[Any], Any]
+    optional: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """One naming of a model's tensors.
 
@@ -62,12 +79,20 @@ class Layout:
         marker: a tensor that only this layout has.
         rows: the table.
         stacks: our stack -> the config field with its number of layers.
+        constants: what the source stores and our model computes, as fixed position tables.
+        without: a tensor that another network's layout has besides the marker.
     """
 
     name: str
     marker: str
     rows: tuple[Row, ...]
     stacks: Mapping[str, str]
+    constants: tuple[Constant, ...] = ()
+    without: str | None = None
+
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether tensors of these names look like this layout."""
+        return self.marker in names and self.without not in names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +158,10 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
     return leaves
 
 
+def _numbered(name: str, layer: int) -> str:
+    return name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
+
+
 def _row_leaves(
     row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
 ) -> Iterator[Leaf]:
@@ -156,11 +185,12 @@ def _row_leaves(
         )
 
 
-def _numbered(name: str, layer: int) -> str:
-    return name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
-
-
-def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
+def check(
+    checkpoint: Checkpoint,
+    leaves: Sequence[Leaf],
+    what: str,
+    constants: Mapping[Constant, np.ndarray],
+) -> None:
     """Compare names, shapes and dtypes with what a model needs.
 
     Raises:
@@ -168,6 +198,11 @@ def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
     """
     expected = {name: shape for leaf in leaves for name, shape in leaf.source_shapes().items()}
     names = set(checkpoint.names)
+    expected |= {
+        constant.source: value.shape
+        for constant, value in constants.items()
+        if constant.source in names or not constant.optional
+    }
     problems = [
         f"missing tensor '{n}' {s} of {what}" for n, s in sorted(expected.items()) if n not in names
     ]
@@ -207,6 +242,29 @@ def check_copies(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> None:
                         f"the model has one '{leaf.path}' for all layers"
                     )
                 checkpoint.release(name)
+    if problems:
+        raise CheckpointError(checkpoint.source, problems)
+
+
+def check_constants(checkpoint: Checkpoint, constants: Mapping[Constant, np.ndarray]) -> None:
+    """Compare the tensors that our model computes, to 1e-6 or half a step of their own dtype.
+
+    Raises:
+        CheckpointError: every one that differs, or holds NaN, at once.
+    """
+    problems = []
+    for constant, value in constants.items():
+        name = constant.source
+        if name in checkpoint.names:
+            stored = checkpoint.read(name)
+            bound = max(1e-6, float(ml_dtypes.finfo(stored.dtype).eps) / 2)
+            error = np.abs(stored.astype(np.float64) - value).max(initial=0)
+            if not error <= bound:  # NaN too
+                problems.append(
+                    f"tensor '{name}' differs by {error:.3g} from what the model computes in its "
+                    f"place, by more than {bound:.3g}: another model, or a trained table"
+                )
+            checkpoint.release(name)
     if problems:
         raise CheckpointError(checkpoint.source, problems)
 

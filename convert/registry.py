@@ -66,7 +66,7 @@ SOURCES = {
     "dit": Source(
         layouts=dit.LAYOUTS,
         read_config=dit.read_config,
-        exports={"diffusers": dit.to_diffusers_config},
+        exports={"diffusers": dit.to_diffusers_config, "original": dit.to_original_config},
     ),
     "latte-t2v": Source(
         layouts=latte_t2v.LAYOUTS,
@@ -96,7 +96,7 @@ def recognise(checkpoint: Checkpoint, model: str = "auto") -> tuple[str, Layout]
     names = set(checkpoint.names)
     for name in SOURCES if model == "auto" else (model,):
         for layout in SOURCES[name].layouts:
-            if layout.marker in names:
+            if layout.matches(names):
                 return name, layout
     wanted = f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(SOURCES)})"
     example = (

@@ -3,9 +3,16 @@
 Shares nothing with the tables of `convert`. Needs no torch.
 """
 
+import dataclasses
+
 import numpy as np
 
-from lowbit_jax.models.pixart import PixArtConfig
+from lowbit_jax.models.pixart import (
+    PIXART_ALPHA_512,
+    PIXART_ALPHA_1024_MS,
+    PIXART_SIGMA_1024_MS,
+    PixArtConfig,
+)
 from tests.references.conversion import write_checkpoint
 
 # Small, every layer there more than once, no two sizes equal that could be mistaken.
@@ -18,6 +25,23 @@ TINY = PixArtConfig(
     num_heads=2,
     caption_channels=20,
     micro_conditions=True,
+)
+# What the original layout stores and diffusers' does not: a null caption, compressed layers (two
+# segments).
+TINY_ORIGINAL = dataclasses.replace(
+    TINY, micro_conditions=False, null_caption_length=5, compressed_layers=(1, 2)
+)
+PUBLISHED = {
+    "alpha-512": PIXART_ALPHA_512,
+    "alpha-1024": PIXART_ALPHA_1024_MS,
+    "sigma-1024": PIXART_SIGMA_1024_MS,
+}
+PUBLISHED_ORIGINALS = {
+    name: dataclasses.replace(config, null_caption_length=300 if "sigma" in name else 120)
+    for name, config in PUBLISHED.items()
+}
+PUBLISHED_ORIGINALS["sigma-1024-compressed"] = dataclasses.replace(
+    PUBLISHED_ORIGINALS["sigma-1024"], compressed_layers=tuple(range(14, 28))
 )
 
 

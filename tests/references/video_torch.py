@@ -163,6 +163,6 @@ def state_arrays(model):
 
 def run(model, inputs):
     """The reference's output for numpy inputs by name."""
-    tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
     with torch.no_grad():
         return model(**tensors).numpy()

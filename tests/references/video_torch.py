@@ -7,6 +7,7 @@ einsum, so that nothing is shared with the way our modules do it.
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -163,6 +164,6 @@ def state_arrays(model):
 
 def run(model, inputs):
     """The reference's output for numpy inputs by name."""
-    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+    tensors = {name: torch.tensor(np.asarray(value)) for name, value in inputs.items()}
     with torch.no_grad():
         return model(**tensors).numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowbit_jax.models import dit, flux
+from lowbit_jax.models import dit, flux, latte_t2v, pixart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,16 @@ NETWORKS = {
         abstract_params=dit.abstract_params,
         title="DiT",
         samplers=("ddpm", "ddim"),
+    ),
+    "latte-t2v": Network(
+        config=latte_t2v.LatteT2VConfig,
+        module=latte_t2v.LatteT2VTransformer,
+        abstract_params=latte_t2v.abstract_params,
+    ),
+    "pixart": Network(
+        config=pixart.PixArtConfig,
+        module=pixart.PixArtTransformer,
+        abstract_params=pixart.abstract_params,
     ),
 }
 

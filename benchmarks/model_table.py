@@ -59,7 +59,7 @@ def row(name: str) -> tuple[str, ...]:
         network.title,
         f"{count:,}",
         ", ".join(layout.name for layout in source.layouts),
-        source.export_layout.name,
+        ", ".join(source.exports),
         ", ".join(SAMPLERS[sampler].title for sampler in network.samplers),
         "all" if every else ", ".join(f"`{recipe}`" for recipe in recipes),
     )

@@ -46,7 +46,7 @@ def _scheduled(scheduler: Any, *, variance: bool = False, **options: Any) -> Cal
 
     def run(denoise, noise):
         def denoiser(x, timestep):
-            out = torch.tensor(denoise(x.numpy(), timestep.numpy()))
+            out = torch.tensor(denoise(x.numpy(), timestep.numpy())).float()
             return out if variance else out[:, : x.shape[1]]
 
         scheduler.set_timesteps(STEPS)
@@ -60,7 +60,7 @@ def _flow(denoise, noise):
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / STEPS, STEPS))
 
     def denoiser(x, timestep):
-        return torch.tensor(denoise(x.numpy(), timestep.numpy() / 1000))
+        return torch.tensor(denoise(x.numpy(), timestep.numpy() / 1000)).float()
 
     return diffusers_trajectory(scheduler, denoiser, noise)[-1]
 

@@ -51,11 +51,15 @@ NETWORKS = {
         config=latte_t2v.LatteT2VConfig,
         module=latte_t2v.LatteT2VTransformer,
         abstract_params=latte_t2v.abstract_params,
+        title="Latte-1",
+        samplers=("ddim",),
     ),
     "pixart": Network(
         config=pixart.PixArtConfig,
         module=pixart.PixArtTransformer,
         abstract_params=pixart.abstract_params,
+        title="PixArt-alpha, PixArt-Sigma",
+        samplers=("dpm-solver++",),
     ),
 }
 

@@ -1,30 +1,19 @@
-"""Chooses a backend for each op: `implementation=None | "triton" | "xla" | "interpret"`.
-
-* ``"xla"``: the plain-jnp form of `reference` and `reference_rows`, on every platform.
-* ``"triton"``: the Pallas-Triton kernel, on CUDA only. No kernel has run on a GPU yet.
-* ``"interpret"``: the kernel's body as plain JAX, for tests.
-* ``None``: "xla", on every platform, for as long as no kernel has been checked on a GPU.
-
-"This backend cannot do that" is `NotImplementedError`; "the caller is wrong" is `ValueError`.
-"""
+"""The ops, each on the backend that `implementation` asks for; see `dispatch` for the choice."""
 
 from __future__ import annotations
 
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
-from pallas_kernels import int8_matmul as int8_kernel
-from pallas_kernels import packing, reference, reference_rows
+from pallas_kernels import matmul as matmul_kernel
 from pallas_kernels import quantize_rows as rows_kernel
-from pallas_kernels import ternary_matmul as ternary_kernel
+from pallas_kernels import reference, reference_rows, tiles
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.operands import prepare
 from pallas_kernels.rows import QuantizedRows
-
-Implementation = Literal["triton", "xla", "interpret"]
-IMPLEMENTATIONS = ("triton", "xla", "interpret")
 
 
 def quantize_rows(
@@ -94,26 +83,37 @@ def modulate_quantize_rows(
         ValueError: see `reference_rows.check_modulate`; and as for `quantize_rows`.
         NotImplementedError: as for `quantize_rows`.
     """
-    backend = _backend(implementation)
     reference_rows.check_modulate(x, shift, scale)
     reference_rows.check_rows(x, bits, mask, rotation)
-    if backend == "xla":
-        op = reference_rows.modulate_quantize_rows
-    else:
+
+    def plain(x, shift, scale, mask):
+        return reference_rows.modulate_quantize_rows(
+            x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation
+        )
+
+    def kernel(x, shift, scale, mask, interpret):
         _refuse_dtypes(x, shift, scale)
-        op = functools.partial(rows_kernel.modulate_quantize_rows, interpret=backend == "interpret")
-    return op(x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation)
+        return rows_kernel.modulate_quantize_rows(
+            x, shift, scale, bits, eps=eps, mask=mask, rotation=rotation, interpret=interpret
+        )
+
+    return dispatch(kernel, plain, implementation, x, shift, scale, mask)
 
 
 def _rows(op, x, bits, mask, rotation, implementation) -> QuantizedRows:
-    backend = _backend(implementation)
     reference_rows.check_rows(x, bits, mask, rotation)
-    if backend == "xla":
+
+    def plain(x, mask):
         return getattr(reference_rows, op)(x, bits, mask, rotation)
-    _refuse_dtypes(x)
-    rows = x.reshape(x.size // x.shape[-1] if x.size else 0, x.shape[-1])
-    found = getattr(rows_kernel, op)(rows, bits, mask, rotation, interpret=backend == "interpret")
-    return QuantizedRows(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in found))
+
+    def kernel(x, mask, interpret):
+        _refuse_dtypes(x)
+        tiles.refuse_empty(x)
+        rows = x.reshape(-1, x.shape[-1])
+        found = getattr(rows_kernel, op)(rows, bits, mask, rotation, interpret=interpret)
+        return QuantizedRows(*(part.reshape(*x.shape[:-1], part.shape[-1]) for part in found))
+
+    return dispatch(kernel, plain, implementation, x, mask)
 
 
 def _refuse_dtypes(*arrays: jax.Array) -> None:
@@ -122,84 +122,63 @@ def _refuse_dtypes(*arrays: jax.Array) -> None:
             raise NotImplementedError(f"the kernel takes bfloat16 and float32, not {array.dtype}")
 
 
-def int8_matmul(
-    x: Int8[Array, "m k"],
-    w: Int8[Array, "n k"],
-    x_scale: Float32[Array, "m 1"],
-    w_scale: Float32[Array, "n"],
-    bias: Float[Array, "n"] | None = None,
+def matmul(
+    x: QuantizedRows | Float[Array, "m k"],
+    w: Int8[Array, "n k"] | UInt8[Array, "n p"],
+    scale: Float32[Array, "n g"],
+    zero: Int8[Array, "n g"] | None = None,
     *,
+    format: str,
+    group: int | None = None,
+    bias: Float[Array, "n"] | None = None,
+    gate: Float[Array, "b n"] | None = None,
+    residual: Float[Array, "m n"] | None = None,
     out_dtype=jnp.float32,
     implementation: Implementation | None = None,
 ) -> Float[Array, "m n"]:
-    """`(x @ w.T) * x_scale * w_scale + bias`; see `int8_matmul.int8_matmul` for the arguments.
+    """`residual + gate * (x @ (scale * (codes(w) - zero)).T + bias)`.
 
-    The sum is exact in int32, but on CPU under "xla", where it is exact below 2^24 only
-    (`reference.matmul_codes`).
+    Integer activations are summed exactly in int32 (under "xla" on CPU exact below 2^24 only,
+    `reference.matmul_codes`); everything after the sum is float32.
 
-    Raises:
-        ValueError: a wrong dtype or shape, an unknown implementation.
-        NotImplementedError: the backend cannot: not on this platform, an empty operand.
-    """
-    backend = _backend(implementation)
-    if backend != "xla":
-        return int8_kernel.int8_matmul(
-            x, w, x_scale, w_scale, bias, out_dtype=out_dtype, interpret=backend == "interpret"
-        )
-    int8_kernel.check_int8_matmul(x, w, x_scale, w_scale, bias, out_dtype)
-    return _scaled(reference.matmul_codes(x, w), x_scale, w_scale, bias, out_dtype)
-
-
-def ternary_matmul(
-    x: Int8[Array, "m k"],
-    w: UInt8[Array, "n p"],
-    x_scale: Float32[Array, "m 1"],
-    w_scale: Float32[Array, "n"],
-    bias: Float[Array, "n"] | None = None,
-    *,
-    out_dtype=jnp.float32,
-    implementation: Implementation | None = None,
-) -> Float[Array, "m n"]:
-    """`(x @ (codes(w) - 1).T) * x_scale * w_scale + bias`; see `ternary_matmul.ternary_matmul`.
-
-    Exact as `int8_matmul` is.
+    Args:
+        x: quantised rows (int8 codes, scales, sums), or floating [m, k] for weight-only formats.
+        w: stored codes: int8[n, k], or uint8[n, p] as `formats.pack_codes` packs them.
+        scale: float32[n, g], one per group of `group` inputs; [n, 1] or [1, 1] where all share one.
+        zero: int8 zero points shaped like scale, in the numbers of the signed codes; None for 0.
+        format: key of `formats.FORMATS`.
+        group: inputs that share a scale; None, or k, where all do.
+        bias: [n].
+        gate: [b, n]; row i of x takes entry i // (m / b).
+        residual: [m, n].
+        out_dtype: float32 or bfloat16.
+        implementation: which backend; None chooses.
 
     Raises:
-        ValueError: a wrong dtype or shape, an unknown implementation.
-        NotImplementedError: the backend cannot: not on this platform, an empty operand.
+        ValueError: a wrong dtype, shape or group, an unknown implementation.
+        NotImplementedError: the backend cannot; never with implementation None.
     """
-    backend = _backend(implementation)
-    if backend != "xla":
-        return ternary_kernel.ternary_matmul(
-            x, w, x_scale, w_scale, bias, out_dtype=out_dtype, interpret=backend == "interpret"
-        )
-    ternary_kernel.check_ternary_matmul(x, w, x_scale, w_scale, bias, out_dtype)
-    codes = packing.unpack(w, 2, x.shape[1]).astype(jnp.int8) - jnp.int8(1)
-    return _scaled(reference.matmul_codes(x, codes), x_scale, w_scale, bias, out_dtype)
+    operands = prepare(
+        x,
+        w,
+        scale,
+        zero,
+        format=format,
+        group=group,
+        bias=bias,
+        gate=gate,
+        residual=residual,
+        out_dtype=out_dtype,
+    )
+    return dispatch(
+        functools.partial(matmul_kernel.matmul, out_dtype=out_dtype),
+        functools.partial(reference.matmul, out_dtype=out_dtype),
+        implementation,
+        operands,
+    )
 
 
-def _backend(implementation: str | None) -> str:
-    if implementation is None:
-        return "xla"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}, got {implementation!r}")
-    if implementation == "triton":
-        _refuse_other_than_cuda()
-    return implementation
-
-
-def _refuse_other_than_cuda() -> None:
-    platform = jax.default_backend()
-    if platform != "gpu":
-        raise NotImplementedError(f'"triton" needs a CUDA device; the platform is {platform}')
-    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    major = capability.split(".")[0]
-    if not major.isdigit() or int(major) < 8:  # "gfx..." on ROCm; before 8.0 XLA has no Triton
-        raise NotImplementedError(
-            f'"triton" needs compute capability 8.0 or more; the device has {capability}'
-        )
-
-
-def _scaled(total, x_scale, w_scale, bias, out_dtype):
-    y = total * x_scale * w_scale
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
+int8_matmul = functools.partial(matmul, format="int8")
+int6_matmul = functools.partial(matmul, format="int6")
+int4_matmul = functools.partial(matmul, format="int4")
+ternary_matmul = functools.partial(matmul, format="ternary")

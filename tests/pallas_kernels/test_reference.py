@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import reference
+from pallas_kernels import api, reference
+from pallas_kernels.rows import QuantizedRows
 
 
 def integers(*shape, low=-128, high=127, seed=0):
@@ -50,5 +51,7 @@ def test_grouped_products_apply_each_scale_to_its_own_inputs(k, group):
     expected = np.zeros((4, 6))
     for i in range(k):
         expected += np.outer(x[:, i].astype(float), w[:, i] * scale[:, i // group])
-    out = jax.jit(reference.grouped_matmul_codes, static_argnums=3)(x, w, scale, group)
+    ones, sums = jnp.ones((4, 1), jnp.float32), jnp.sum(x, axis=1, keepdims=True, dtype=jnp.int32)
+    rows = QuantizedRows(jnp.asarray(x), ones, sums)
+    out = api.matmul(rows, w, scale, format="int8", group=group, implementation="xla")
     np.testing.assert_array_equal(out, expected)

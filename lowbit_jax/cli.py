@@ -138,15 +138,13 @@ def audit(command: Audit, console: Console) -> int:
     wrong = []
     for found in findings:
         table.add_row(*cells(found))
-        wrong += [
-            f"{found.target} {found.case.op} {found.case.shape}: {f}" for f in failures(found)
-        ]
+        name = f"{found.target} {found.case.op} {found.case.shape}"
+        wrong += [f"FAILED {name}: {failure}" for failure in failures(found)]
     wide = console if console.is_terminal else Console(markup=False, width=TABLE_WIDTH)
-    wide.print(
-        "machine code and modelled bounds; nothing here is a measured speed", table, sep="\n"
-    )
+    wide.print("machine code and modelled bounds; nothing here is a measured speed")
+    wide.print(table)
     for line in wrong:
-        console.print(f"FAILED {line}", soft_wrap=True)
+        console.print(line, soft_wrap=True)
     if command.json:
         write_json(command.json, findings)
     console.print(figure(findings), soft_wrap=True)

@@ -1,6 +1,6 @@
 """`python -m pallas_kernels.audit probe FUNCTION SPEC...`; see --help.
 
-The audit of all kernels is `lowbit-jax audit`, which prints better tables than the ground floor can.
+The audit of all kernels is `lowbit-jax audit`: the ground floor has no table printer.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def compile_kernels(fn: Callable, specs, target: Target) -> list[Kernel]:
             raise ValueError(f"{fn} calls no Pallas-Triton kernel")
         with quiet():
             compiled = lowered.compile(compiler_options=_dump_options(folder))
-        moved = traffic(compiled.as_text())
+        moved = traffic(compiled.as_text() or "")
         return _read_dump(Path(folder), calls, target, moved)
 
 
@@ -200,9 +200,12 @@ def _mesh_context(mesh: jax.sharding.Mesh):
     return jax.set_mesh(mesh) if jax.__version_info__ >= (0, 11) else contextlib.nullcontext()
 
 
-def _dump_options(folder: str) -> dict[str, str]:
+def _dump_options(folder: str) -> dict[str, str | bool]:
     # the ptxas read here is also the one XLA asks which PTX version to write
-    options = {"xla_dump_to": folder, "xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1])}
+    options: dict[str, str | bool] = {
+        "xla_dump_to": folder,
+        "xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1]),
+    }
     if jax.__version_info__ >= (0, 11):  # PTX is then only left for the emitters asked for
         options["xla_dump_emitter_re"] = ".*"
     return options

@@ -118,7 +118,7 @@ def _repeats(op: Op, found: Report, tile: Tile) -> float:
 
 
 def _unpack(case: Case, found: Report, tile: Tile, moved: float) -> float:
-    """Time of the busiest pipe on the fullest SM / time of the DRAM; below 1 memory is the bound."""
+    """The busiest pipe's time on the fullest SM / the DRAM's time; below 1 memory is the bound."""
     target, kernel = found.kernel.target, found.kernel
     passes = -(-case.k // _k_per_pass(found, tile))
     warps = -(-kernel.blocks // target.sms) * kernel.num_warps

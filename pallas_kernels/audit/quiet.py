@@ -1,4 +1,4 @@
-"""Silences what XLA's plugin writes past Python when it finds no driver. Imports no jax: come first."""
+"""Silences what XLA's plugin writes past Python when it finds no driver. Imports no jax itself."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ import re
 
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _LINE = re.compile(
-    r"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)"
+    r"^\s+(?P<root>ROOT )?%(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"(?P<opcode>[\w\-]+)\((?P<operands>[^)]*)\)"
 )
 _FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "partition-id")
 _BITS = re.compile(r"\d+")

@@ -43,7 +43,7 @@ def _has(found: Finding, letter: str) -> bool:
 
 
 def figure(findings: Iterable[Finding]) -> str:
-    """The last line of a report: lowest bounds on the A100 over m >= 1024, spills of all, counts."""
+    """The last line of a report: lowest bounds on the A100 from 1024 rows on, spills, kernels."""
     findings = list(findings)
     parts = []
     for family in FLOORS:

@@ -1,8 +1,8 @@
 """Examines many cases in several processes.
 
-Each is a `python -m pallas_kernels.audit worker` that reads jobs and writes findings, a JSON object
-a line. Own processes, because XLA's CUDA compiler can only be had where JAX_PLATFORMS was set before
-jax was imported; and because a compiler that aborts then takes one of them and not the caller.
+Each is a `python -m pallas_kernels.audit worker` that reads jobs and writes findings, one JSON value
+a line. Own processes, because XLA's CUDA compiler is only to be had where JAX_PLATFORMS was set
+before jax was imported, and because a compiler that aborts then does not take the caller with it.
 """
 
 from __future__ import annotations
@@ -87,14 +87,16 @@ class _Worker:
             text=True,
             env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
+        assert self._process.stdin and self._process.stdout
+        self._orders, self._replies = self._process.stdin, self._process.stdout
 
     def ask(self, job: Job) -> Finding:
         """Sends a job and waits for its finding."""
         case, name, tile = job
         order = [dataclasses.asdict(case), name, tile and dataclasses.asdict(tile)]
         try:
-            print(json.dumps(order), file=self._process.stdin, flush=True)
-            reply = json.loads(self._process.stdout.readline())
+            print(json.dumps(order), file=self._orders, flush=True)
+            reply = json.loads(self._replies.readline())
         except (BrokenPipeError, json.JSONDecodeError):
             self._stderr.seek(0)
             said = self._stderr.read()[-2000:]
@@ -105,6 +107,7 @@ class _Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        self._orders.close()
+        self._replies.close()
         self._process.wait()
         self._stderr.close()

@@ -54,6 +54,7 @@ class Op:
         tile: m, generation -> what the op chooses; None where it has no tile.
         weight_bits: of one stored weight. activation_bytes: of one activation.
         products: the matrix instruction that must be there, "I" integer or "H" bfloat16; "" none.
+        tile_ks: contraction steps its tiles may have, for `tune`; none: it has no tile.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Op:
     weight_bits: int = 0
     activation_bytes: int = 1
     products: str = ""
+    tile_ks: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +117,7 @@ OPS = {
             tile=lambda m, sm: int8_matmul.choose_tile(m),
             weight_bits=8,
             products="I",
+            tile_ks=(64, 128),
         ),
         Op(
             name="ternary_matmul",
@@ -123,6 +126,7 @@ OPS = {
             tile=lambda m, sm: ternary_matmul.choose_tile(m),
             weight_bits=2,
             products="I",
+            tile_ks=(packing.BLOCK,),
         ),
     )
 }

@@ -119,8 +119,8 @@ def _read_dump(folder: Path, calls: list[dict[str, str]], target, moved: Traffic
 
 def _kernel(call, assembled, launches, seen, target, moved) -> Kernel:
     name = call["name"]
-    resources, listing = assembled
-    registers, spill = resources[name]
+    per_kernel, listing = assembled
+    registers, spill = per_kernel[name]
     return Kernel(
         name=name,
         target=target,
@@ -147,11 +147,15 @@ def assemble(ptx: str) -> tuple[dict[str, tuple[int, int]], str]:
         source.write_text(ptx)
         notes = _run(tool("ptxas"), f"-arch={arch[1]}", "-v", str(source), "-o", str(cubin))[1]
         listing = _run(tool("nvdisasm"), "-c", str(cubin))[0]
-    resources = {
+    return resources(notes), listing
+
+
+def resources(notes: str) -> dict[str, tuple[int, int]]:
+    """{kernel: (registers, bytes of spill stores and loads)}, a thread, as `ptxas -v` says."""
+    return {
         match["name"]: (int(match["registers"]), int(match["stores"]) + int(match["loads"]))
         for match in _PTXAS.finditer(notes)
     }
-    return resources, listing
 
 
 @functools.cache

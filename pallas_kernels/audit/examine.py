@@ -27,6 +27,7 @@ class Finding:
         moved, minimum: bytes (`traffic`).
         repeats: how often the machine code asks for a byte of its operands' tiles; 1 is perfect.
         unpack: the busiest pipe's time / the DRAM's time, both by the model; 0 for many rows.
+        k_per_pass: contraction steps of one pass of the main loop; 0 without a tile.
     """
 
     case: Case
@@ -51,6 +52,7 @@ class Finding:
     moved: float
     repeats: float
     unpack: float
+    k_per_pass: float
     seconds: float
 
 
@@ -92,6 +94,7 @@ def examine(case: Case, target: Target, tile: Tile | None = None) -> Finding:
         moved=moved,
         repeats=repeats,
         unpack=_unpack(case, found, tile, moved) if tile and case.m <= FEW_ROWS else 0.0,
+        k_per_pass=_k_per_pass(found, tile) if tile else 0.0,
         seconds=time.perf_counter() - start,
     )
 

@@ -85,7 +85,7 @@ def _macs_rate(instruction: sass.Instruction, target: Target) -> int:
 
 def _wavefronts(instruction: sass.Instruction) -> float:
     """Cycles of the SM's 128-byte-wide SRAM port."""
-    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, "STG", "ST"}
+    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, *sass.UNCOUNTED}
     if instruction.never or instruction.root not in memory:
         return 0
     return max(1, 32 * instruction.lane_bytes / SHARED_BYTES_PER_CYCLE)

@@ -1,6 +1,6 @@
 """Examines many cases in several processes.
 
-Each is a `python -m pallas_kernels.audit worker` that reads jobs and writes findings, one JSON value
+Each is a `python -m pallas_kernels.audit worker` that reads jobs and writes findings, a JSON value
 a line. Own processes, because XLA's CUDA compiler is only to be had where JAX_PLATFORMS was set
 before jax was imported, and because a compiler that aborts then does not take the caller with it.
 """
@@ -28,12 +28,29 @@ Job = tuple[Case, str, Tile | None]
 """A case, the name of a target, and a tile or None for the op's own."""
 
 
+class RefusedError(ToolError):
+    """The kernel or the compiler refuses one case; another may go well."""
+
+
 def examine_all(jobs: Iterable[Job], workers: int = 2) -> Iterator[Finding]:
-    """Examines every job; yields in their order, as they come.
+    """Examines every job in this many processes; yields in their order, as they come.
 
     Raises:
         ValueError: a target that is not described, or no workers.
         ToolError: a piece of the compiler is missing, or fails.
+    """
+    for reply in attempt_all(jobs, workers):
+        if isinstance(reply, RefusedError):
+            raise reply
+        yield reply
+
+
+def attempt_all(jobs: Iterable[Job], workers: int = 2) -> Iterator[Finding | RefusedError]:
+    """`examine_all` that yields the error of a refused case in its place, and goes on.
+
+    Raises:
+        ValueError: a target that is not described, or no workers.
+        ToolError: a piece of the compiler is missing, or its process ends.
     """
     jobs = list(jobs)
     for _, name, _ in jobs:
@@ -46,10 +63,12 @@ def examine_all(jobs: Iterable[Job], workers: int = 2) -> Iterator[Finding]:
     for worker in started:
         idle.put(worker)
 
-    def ask(job: Job) -> Finding:
+    def ask(job: Job) -> Finding | RefusedError:
         worker = idle.get()
         try:
             return worker.ask(job)
+        except RefusedError as refused:
+            return refused
         finally:
             idle.put(worker)
 
@@ -102,7 +121,7 @@ class _Worker:
             said = self._stderr.read()[-2000:]
             raise ToolError(f"compiling {case} for {name} ended the compiler: {said}") from None
         if "error" in reply:
-            raise ToolError(f"{case.op} {case.shape} on {name}: {reply['error']}")
+            raise RefusedError(f"{case.op} {case.shape} on {name}: {reply['error']}")
         return Finding(**{**reply, "case": Case(**reply["case"])})
 
     def close(self) -> None:

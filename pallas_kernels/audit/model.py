@@ -16,6 +16,8 @@ warp instruction a cycle and has its own pipes):
   STG of a full warp; an access of less than 128 bytes takes the whole cycle. Bank conflicts are not
   counted.
 
+The loop is what is modelled: what a block does once, before and after it, is left out.
+
 `bound = useful tensor cycles / the busiest pipe's cycles`. Latency, bank conflicts, L2 and DRAM can
 only lower what a GPU reaches; on sm_90 mma.sync (as against wgmma) cannot reach the pipe's rate.
 """
@@ -83,7 +85,7 @@ def _macs_rate(instruction: sass.Instruction, target: Target) -> int:
 
 def _wavefronts(instruction: sass.Instruction) -> float:
     """Cycles of the SM's 128-byte-wide SRAM port."""
-    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, "STG", "ST"}
+    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, *sass.UNCOUNTED}
     if instruction.never or instruction.root not in memory:
         return 0
     return max(1, 32 * instruction.lane_bytes / SHARED_BYTES_PER_CYCLE)
@@ -135,7 +137,7 @@ class Report:
     def line(self) -> str:
         """Everything on one line."""
         kernel, pipes = self.kernel, self.pipes
-        where = "loop" if self.loop.is_loop else "whole kernel"
+        where = "loop" if self.loop.is_loop else "unrolled" if self.loop.mma else "whole kernel"
         slowest, cycles = pipes.busiest
         waves = kernel.blocks / max(1, self.occupancy.blocks * kernel.target.sms)
         return (

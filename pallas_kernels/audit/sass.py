@@ -124,7 +124,7 @@ def _mma_macs(digits: str) -> int:
 class Region:
     """A run of instructions: a loop's body, or a whole kernel; counts are per warp and pass."""
 
-    def __init__(self, instructions: list[Instruction], *, is_loop: bool):
+    def __init__(self, instructions: list[Instruction], *, is_loop: bool = False):
         self.instructions = instructions
         self.is_loop = is_loop
         self.roots = collections.Counter(i.root for i in instructions)
@@ -185,9 +185,10 @@ class Function:
                 found.append((start, instruction.address))
         return found
 
-    def region(self, first: int, last: int) -> Region:
+    def region(self, first: int, last: int, *, is_loop: bool = True) -> Region:
         """The instructions at these addresses, both ends included."""
-        return Region([i for i in self.instructions if first <= i.address <= last], is_loop=True)
+        inside = [i for i in self.instructions if first <= i.address <= last]
+        return Region(inside, is_loop=is_loop)
 
     @functools.cached_property
     def innermost(self) -> list[Region]:
@@ -202,13 +203,16 @@ class Function:
     def main(self) -> Region:
         """The innermost loop with the most matrix products; without any, the longest loop.
 
-        All of a kernel whose products are outside of loops (unrolled), or that has no loop.
+        Where the compiler has unrolled the loop away: from the first product to the last. A kernel
+        without loops and products: all of it.
         """
-        whole = Region(self.instructions, is_loop=False)
         with_mma = [loop for loop in self.innermost if loop.mma]
         if with_mma:
             return max(with_mma, key=lambda loop: sum(loop.mma.values()))
-        return whole if whole.mma or not self.innermost else max(self.innermost, key=len)
+        whole = Region(self.instructions)
+        if products := whole.live(*MMA_ROOTS):
+            return self.region(products[0].address, products[-1].address, is_loop=False)
+        return max(self.innermost, key=len, default=whole)
 
 
 def parse(text: str) -> dict[str, Function]:

@@ -136,7 +136,7 @@ def audit(command: Audit, console: Console) -> int:
     findings = list(track(stream, "compiling", len(jobs), console=progress, transient=True))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in COLUMNS:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     wrong = []
     for found in findings:
         table.add_row(*cells(found))

@@ -128,11 +128,17 @@ def matmul(
     )(*present.values())
 
 
-def choose_tile(operands: Operands) -> Tile:
-    """The tile of `tile_table` for these operands on this process's GPU, else on the A100."""
+def choose_tile(operands: Operands, gpu: str | None = None) -> Tile:
+    """The tile of `tile_table` for these operands.
+
+    Args:
+        operands: the arrays' shapes and dtypes decide.
+        gpu: a generation, "sm_80"; None: this process's GPU, without one the A100. A generation
+            that the table lacks takes the A100's tiles.
+    """
     acts = "a8" if operands.x.dtype == jnp.int8 else "a16"
     op = f"{operands.format}_{acts}" + ("" if operands.group is None else "_grouped")
-    table = TILES.get(generation(), TILES[DEFAULT_GENERATION])[op]
+    table = TILES.get(gpu or generation(), TILES[DEFAULT_GENERATION])[op]
     tile = next(tile for most, tile in table if operands.x.shape[0] <= most)
     group = operands.group
     if operands.format == "int8" and group in (32, 64) and group < tile.k:

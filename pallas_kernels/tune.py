@@ -1,9 +1,9 @@
 """`python -m pallas_kernels.tune`: chooses tiles by the audit and rewrites `tile_table.py`.
 
-Every candidate tile of an op is compiled once per GPU generation. The model of the SM
-(`audit.model`) then gives each candidate a time at every layer shape of a range of m: the busiest
-pipe on the SM with the most blocks, or the DRAM if that takes longer. The candidate with the least
-geometric mean over the shapes wins. Modelled, not measured: no GPU is asked.
+Every candidate tile of an op is compiled once per GPU generation. The model of a kernel's time
+(`audit.timing`) then ranks the candidates at every layer shape of a range of m: waves of blocks,
+pipes, L2 and DRAM. The least geometric mean over the shapes wins; among equals the one that leaves
+an SM more to hide latency with. Modelled, not measured: no GPU is asked.
 """
 
 from __future__ import annotations
@@ -15,28 +15,22 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pallas_kernels.audit.cases import FEW_ROWS, LAYERS, OPS, Case, Op
+from pallas_kernels.audit.cases import FEW_ROWS, LAYERS, TUNED, Case, Matmul
 from pallas_kernels.audit.examine import Finding
-from pallas_kernels.audit.targets import SUB_PARTITIONS, TARGETS
+from pallas_kernels.audit.targets import TARGETS
 from pallas_kernels.audit.targets import target as find_target
+from pallas_kernels.audit.timing import times
 from pallas_kernels.audit.workers import attempt_all
+from pallas_kernels.packing import BLOCK
+from pallas_kernels.tile_table import ANY
 from pallas_kernels.tiles import Tile
 
 TABLE = Path(__file__).with_name("tile_table.py")
-RANGES = (16, 64, 256, 1024, None)  # the greatest m of each; None: any
-WARPS = 8  # resident on an SM, or the candidate is out
-ACCUMULATORS = 128  # 32-bit sums a thread may hold: half of its registers
-TIE = 1.02  # times this close are called equal; the lighter loop wins
-HEAD = '''"""Tiles by GPU generation, op and rows; written by `python -m pallas_kernels.tune`.
-
-Each entry: the greatest m it is for (None: any), the tile, and what its main loop compiles to.
-Static figures and a model's, not measurements.
-"""
-
-from pallas_kernels.tiles import Tile
-
-TILES: dict[str, dict[str, tuple[tuple[int | None, Tile], ...]]] = {
-'''
+RANGES = (FEW_ROWS, 64, 256, 1024, ANY)  # the greatest m of each
+WARPS = 8  # resident on an SM, or the candidate is out where others are not
+SUMS = (32, 128)  # accumulators a thread may hold; 128 are half of its registers
+TIE = 1.03  # times this close are called equal
+Entries = list[tuple[int, Tile]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,130 +41,131 @@ class Candidate:
     found: Finding
 
     @property
-    def fits(self) -> bool:
-        """Whether the machine code is clean and enough warps fit an SM."""
-        return not (
-            self.found.spill_bytes or self.found.byte_loads or self.found.warps_per_sm < WARPS
-        )
+    def clean(self) -> bool:
+        """Whether the machine code has no spills and no byte-wide loads."""
+        return not (self.found.spill_bytes or self.found.byte_loads)
 
     @property
-    def load(self) -> float:
-        """Busiest pipe beside the tensor pipe / the tensor pipe: the room left for latency."""
-        others = {name: c for name, c in self.found.pipes.items() if name not in ("tensor", "half")}
-        return max(others.values()) / max(1.0, self.found.pipes["tensor"])
+    def room(self) -> tuple:
+        """What is left to hide latency with; greater is better.
 
-    def seconds(self, m: int, k: int, n: int, weight_bits: int, activation_bytes: int) -> float:
+        Few rows: more blocks, for more SMs to read with. Many: two blocks on an SM; 16 warps; how far
+        the busiest other pipe is from the tensor pipe.
+        """
+        if self.tile.m <= FEW_ROWS:
+            return (-self.tile.n, self.found.warps_per_sm)
+        loop = self.found.block.loop
+        others = max(cycles for pipe, cycles in loop.items() if pipe != "tensor")
+        return (
+            self.found.blocks_per_sm >= 2,
+            self.found.warps_per_sm >= 16,
+            -others / max(1.0, loop["tensor"]),
+        )
+
+    def seconds(self, op: Matmul, m: int, k: int, n: int) -> float:
         """The modelled time of one product."""
-        gpu, tile = find_target(self.found.target), self.tile
-        blocks = -(-m // tile.m) * -(-n // tile.n)
-        warps = -(-blocks // gpu.sms) * tile.num_warps
+        blocks = -(-m // self.tile.m) * -(-n // self.tile.n)
+        moved = op.weight_bytes(n * k) + m * k * op.activation_bytes + 2 * m * n
         passes = -(-k // self.found.k_per_pass)
-        busy = passes * self.found.pipes[self.found.busiest] * max(1.0, warps / SUB_PARTITIONS)
-        moved = n * k * weight_bits / 8 + m * k * activation_bytes + 2 * m * n
-        return max(busy / (gpu.clock_ghz * 1e9), moved / gpu.dram_bandwidth)
+        gpu = find_target(self.found.target)
+        return times(self.found.block, blocks, passes, moved, gpu).seconds
 
 
-def candidates(few_rows: bool, ks: tuple[int, ...]) -> Iterator[Tile]:
+def candidates(op: Matmul, few_rows: bool) -> Iterator[Tile]:
     """Every tile worth compiling."""
-    for m in (16,) if few_rows else (64, 128, 256):
-        for n in (32, 64, 128, 256):
-            for k in ks:
-                for warps in (2, 4, 8) if few_rows else (4, 8):
-                    sums = m * n / (32 * warps)
-                    if 4 <= sums <= ACCUMULATORS:
-                        for stages in (3, 4) if not few_rows else (4, 6):
-                            yield Tile(m, n, k, warps, stages)
+    if few_rows:
+        yield from (Tile(FEW_ROWS, n, BLOCK, warps, 6) for n in (32, 64) for warps in (2, 4))
+        return
+    steps = ((64, 4), (128, 3)) if op.format == "int8" else ((BLOCK, 3),)
+    for m in (64, 128, 256):
+        for n in (64, 128, 256):
+            for warps in (4, 8):
+                if SUMS[0] <= m * n / (32 * warps) <= SUMS[1]:
+                    yield from (Tile(m, n, k, warps, stages) for k, stages in steps)
 
 
-def shapes(limit: int | None, below: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of the layers for below < m <= limit; the range's end where no layer has such m."""
-    linears = {(k, n) for _, k, n, _ in LAYERS}
-    rows = {m for *_, ms in LAYERS for m in ms if below < m and (limit is None or m <= limit)}
-    return [(m, k, n) for m in sorted(rows or {limit or below + 1}) for k, n in sorted(linears)]
+def shapes(most: int, below: int) -> list[tuple[int, int, int]]:
+    """(m, k, n) of the layers with below < m <= most; the range's end where no layer has such m."""
+    linears = sorted({(k, n) for _, k, n, _ in LAYERS})
+    rows = {m for *_, ms in LAYERS for m in ms if below < m <= most} or {most}
+    return [(m, k, n) for m in sorted(rows) for k, n in linears]
 
 
-def choose(found: list[Candidate], op: Op, limit: int | None, below: int) -> Candidate:
+def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candidate:
     """The candidate with the least modelled time over the range's shapes.
 
     Raises:
         ValueError: no candidate compiles cleanly.
     """
-    fitting = [candidate for candidate in found if candidate.fits]
-    if not fitting:
-        raise ValueError(f"no candidate for {op.name} compiles without spills or byte loads")
+    clean = [candidate for candidate in found if candidate.clean]
+    if not clean:
+        raise ValueError(f"no tile of {op.table} compiles without spills and byte-wide loads")
+    clean = [c for c in clean if c.found.warps_per_sm >= WARPS] or clean
 
     def mean(candidate: Candidate) -> float:
-        sizes = (op.weight_bits, op.activation_bytes)
-        logs = [math.log(candidate.seconds(*shape, *sizes)) for shape in shapes(limit, below)]
+        logs = [math.log(candidate.seconds(op, *shape)) for shape in shapes(most, below)]
         return math.exp(sum(logs) / len(logs))
 
-    times = [mean(candidate) for candidate in fitting]
-    close = [c for c, seconds in zip(fitting, times, strict=True) if seconds <= TIE * min(times)]
-    return min(close, key=lambda c: (c.load, -c.found.warps_per_sm, c.found.registers))
+    means = [mean(candidate) for candidate in clean]
+    close = [c for c, time in zip(clean, means, strict=True) if time <= TIE * min(means)]
+    return max(close, key=lambda candidate: candidate.room)
 
 
-def tune(op: Op, target: str, workers: int) -> list[tuple[int | None, Candidate]]:
-    """The op's tiles on one GPU, by rows.
+def tune(op: Matmul, target: str, workers: int) -> Entries:
+    """The op's tiles on one GPU, by rows; neighbouring ranges with one tile are one entry.
 
     Raises:
         ToolError: a piece of the compiler is missing.
         ValueError: no candidate compiles cleanly.
     """
-    groups = {}
-    for few, shape in ((True, (1, 3072, 9216)), (False, (4608, 3072, 3072))):
-        case, tiles = Case(op.name, *shape), list(candidates(few, op.tile_ks))
-        stream = attempt_all([(case, target, tile) for tile in tiles], workers)
-        pairs = zip(tiles, stream, strict=True)
-        groups[few] = [
-            Candidate(tile, found) for tile, found in pairs if isinstance(found, Finding)
+    compiled: dict[bool, list[Candidate]] = {}
+    for few_rows, shape in ((True, (1, 3072, 9216)), (False, (4608, 3072, 3072))):
+        tiles = list(candidates(op, few_rows))
+        replies = attempt_all([(Case(op.table, *shape), target, tile) for tile in tiles], workers)
+        compiled[few_rows] = [
+            Candidate(tile, reply)
+            for tile, reply in zip(tiles, replies, strict=True)
+            if isinstance(reply, Finding)
         ]
-    chosen, below = [], 0
-    for limit in RANGES:
-        few = limit is not None and limit <= FEW_ROWS
-        chosen.append((limit, choose(groups[few], op, limit, below)))
-        below = limit or 0
-    return [
-        entry
-        for entry, after in zip(chosen, [*chosen[1:], None], strict=True)
-        if after is None or after[1].tile != entry[1].tile  # equal neighbours become one entry
-    ]
+    entries: Entries = []
+    for below, most in zip((0, *RANGES), RANGES, strict=False):
+        tile = choose(op, compiled[most <= FEW_ROWS], most, below).tile
+        if entries and entries[-1][1] == tile:
+            entries.pop()
+        entries.append((most, tile))
+    return entries
 
 
-def write(table: dict[str, dict[str, list[tuple[int | None, Candidate]]]], path: Path) -> None:
-    """Writes the table as a module."""
-    lines = [HEAD]
+def write(table: dict[str, dict[str, Entries]], path: Path) -> None:
+    """Rewrites the table in a module, and nothing before it."""
+    head = path.read_text(encoding="utf-8").split("TILES:")[0]
+    lines = [f"{head}TILES: dict[str, dict[str, tuple[tuple[int, Tile], ...]]] = {{"]
     for generation, ops in table.items():
-        lines.append(f'    "{generation}": {{\n')
+        lines.append(f'    "{generation}": {{')
         for name, entries in ops.items():
-            lines.append(f'        "{name}": (\n')
-            lines += [f"            {_entry(limit, candidate)}\n" for limit, candidate in entries]
-            lines.append("        ),\n")
-        lines.append("    },\n")
-    path.write_text("".join([*lines, "}\n"]), encoding="utf-8")
-
-
-def _entry(limit: int | None, candidate: Candidate) -> str:
-    tile, found = candidate.tile, candidate.found
-    numbers = f"{tile.m}, {tile.n}, {tile.k}, {tile.num_warps}, {tile.num_stages}"
-    say = f"{found.registers} registers, bound {found.bound:.2f}"
-    return f"({limit}, Tile({numbers})),  # {say}"
+            lines.append(f'        "{name}": (')
+            for most, tile in entries:
+                sizes = ", ".join(str(value) for value in dataclasses.astuple(tile))
+                lines.append(f"            ({'ANY' if most == ANY else most}, Tile({sizes})),")
+            lines.append("        ),")
+        lines.append("    },")
+    path.write_text("\n".join([*lines, "}", ""]), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--ops", nargs="*", default=list(TUNED), choices=list(TUNED))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
     arguments = parser.parse_args(argv)
-    tiled = [op for op in OPS.values() if op.tile_ks]
-    table: dict[str, dict[str, list[tuple[int | None, Candidate]]]] = {}
+    table: dict[str, dict[str, Entries]] = {}
     for name in arguments.targets:
-        entries = table.setdefault(TARGETS[name].sm, {})
-        for op in tiled:
-            entries[op.name] = tune(op, name, arguments.workers)
-            for limit, candidate in entries[op.name]:
-                print(f"{name} {op.name} m <= {limit}: {_entry(limit, candidate)}", flush=True)
+        for op in (TUNED[key] for key in arguments.ops):
+            entries = tune(op, name, arguments.workers)
+            table.setdefault(TARGETS[name].sm, {})[op.table] = entries
+            print(name, op.table, *entries, sep="\n  ", flush=True)
     write(table, arguments.table)
     return 0
 

@@ -49,10 +49,17 @@ class Pipes:
     shared: float
 
     @property
+    def cycles(self) -> dict[str, float]:
+        """Of every pipe; the half arithmetic that shares the tensor pipe is in that one's."""
+        cycles = {"tensor": self.tensor + self.half}
+        return cycles | {
+            name: getattr(self, name) for name in ("issue", "alu", "fma", "xu", "shared")
+        }
+
+    @property
     def busiest(self) -> tuple[str, float]:
         """The limiting pipe and its cycles."""
-        cycles = {"tensor": self.tensor + self.half}
-        cycles |= {name: getattr(self, name) for name in ("issue", "alu", "fma", "xu", "shared")}
+        cycles = self.cycles
         name = max(cycles, key=lambda pipe: cycles[pipe])  # the first of equals: tensor
         return name, cycles[name]
 
@@ -85,7 +92,7 @@ def _macs_rate(instruction: sass.Instruction, target: Target) -> int:
 
 def _wavefronts(instruction: sass.Instruction) -> float:
     """Cycles of the SM's 128-byte-wide SRAM port."""
-    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, *sass.UNCOUNTED}
+    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, *sass.OTHER_MOVES}
     if instruction.never or instruction.root not in memory:
         return 0
     return max(1, 32 * instruction.lane_bytes / SHARED_BYTES_PER_CYCLE)
@@ -107,7 +114,7 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target)
     shared = -(-(shared_bytes + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT
     limits = {
         "registers": by_registers // num_warps,
-        "shared memory": target.shared_per_sm // shared,
+        "smem": target.shared_per_sm // shared,
         "warps": target.warps_per_sm // num_warps,
         "blocks": target.blocks_per_sm,
     }

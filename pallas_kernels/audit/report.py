@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pallas_kernels.audit.cases import FEW_ROWS
 from pallas_kernels.audit.examine import Finding
 from pallas_kernels.audit.verdict import failures
 
@@ -27,32 +26,36 @@ COLUMNS = (
     "bound",
     "byte LDS",
     "bytes/min",
-    "unpack/DRAM",
+    "compute/DRAM",
+    "modelled share",
 )
 
 
 def cells(found: Finding) -> list[str]:
     """One row of the table, under `COLUMNS`."""
-    few = found.case.m <= FEW_ROWS and found.tile
-    kinds = " + ".join(f"{count} {kind}" for kind, count in found.products.items())
-    moved = f"{found.moved / found.minimum:.2f}x" if few or found.family == "rows" else ""
+    kinds = " + ".join(
+        f"{count} {'.'.join(kind.split('.')[:2])}" for kind, count in found.products.items()
+    )
+    few_bytes = found.case.reads_weights or not found.case.n
+    tile = found.tile
     return [
         found.case.op,
         found.case.shape,
-        found.tile,
+        f"{tile.m}x{tile.n}x{tile.k} w{tile.num_warps} s{tile.num_stages}" if tile else "",
         found.target,
         str(found.registers),
         str(found.spill_bytes),
         f"{found.shared_bytes / 1024:.0f}K",
-        f"{found.blocks_per_sm} ({found.limit})",
+        f"{found.blocks_per_sm} {found.limit}",
         str(found.warps_per_sm),
         kinds,
         str(found.instructions),
-        f"{found.busiest} {found.pipes[found.busiest]:.0f}",
-        f"{found.bound:.2f}" if kinds else "",
+        f"{found.busiest} {found.block.loop[found.busiest]:.0f}",
+        f"{found.bound:.2f}" if found.case.n else "",
         str(found.byte_loads),
-        moved,
-        f"{found.unpack:.2f}" if few else "",
+        f"{found.moved / found.minimum:.2f}" if few_bytes else "",
+        f"{found.times.compute / found.times.dram:.2f}" if few_bytes else "",
+        f"{found.share:.2f} {found.times.limit}",
     ]
 
 

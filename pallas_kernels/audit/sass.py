@@ -45,7 +45,8 @@ _PIPES = {
     **dict.fromkeys(MMA_ROOTS, "tensor"),
 }
 SHARED_READS, SHARED_WRITES = ("LDS", "LDSM"), ("STS", "STSM", "LDGSTS")
-GLOBAL_READS, GLOBAL_WRITES = ("LDG", "LDGSTS", "LD"), ("STG", "ST", "RED", "ATOMG")
+GLOBAL_READS = ("LDG", "LDGSTS", "LD")
+OTHER_MOVES = ("STG", "ST", "RED", "LDL", "STL")  # through L1 as well; spills are LDL and STL
 
 
 @dataclasses.dataclass(frozen=True)

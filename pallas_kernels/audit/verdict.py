@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pallas_kernels.audit.cases import FEW_ROWS, OPS
+from pallas_kernels.audit.cases import FEW_ROWS, Matmul, find_op
 from pallas_kernels.audit.examine import Finding
 
 FLOORED = "a100"  # the GPU the kernels are written for; the others are reported
@@ -21,9 +21,11 @@ def failures(found: Finding) -> list[str]:
         wrong.append(f"{found.spill_bytes} B of registers spilled")
     if found.target != FLOORED:
         return wrong
-    wanted = OPS[found.case.op].products
-    if wanted and found.case.m > FEW_ROWS and not _has(found, wanted):
-        wrong.append(f"no {wanted}MMA in the main loop, but {found.products or 'none'}")
+    op = find_op(found.case.op)
+    if isinstance(op, Matmul) and found.case.m > FEW_ROWS:
+        wanted = "I" if op.integer else "H"  # IMMA, IGMMA; HMMA, HGMMA
+        if not any(kind.startswith(wanted) for kind in found.products):
+            wrong.append(f"no {wanted}MMA in the main loop: {found.products or 'no products'}")
     if found.byte_loads:
         wrong.append(f"{found.byte_loads} byte-wide shared loads in the main loop")
     floor = FLOORS.get(found.family, 0.0)
@@ -31,26 +33,22 @@ def failures(found: Finding) -> list[str]:
         wrong.append(f"bound {found.bound:.3f} under {floor} ({found.busiest} is the busiest)")
     if found.warps_per_sm < WARPS:
         wrong.append(f"{found.warps_per_sm} warps fit an SM, {WARPS} are wanted ({found.limit})")
-    if found.case.m <= FEW_ROWS and found.moved > MOVED * found.minimum:
+    if found.case.reads_weights and found.moved > MOVED * found.minimum:
         ratio = found.moved / found.minimum
         wrong.append(f"moves {ratio:.2f} times the minimum of {found.minimum} B, over {MOVED}")
     return wrong
-
-
-def _has(found: Finding, letter: str) -> bool:
-    """Whether a matrix instruction starts with this letter: IMMA, IGMMA; HMMA, HGMMA."""
-    return any(kind.startswith(letter) for kind in found.products)
 
 
 def figure(findings: Iterable[Finding]) -> str:
     """The last line of a report: lowest bounds on the A100 from 1024 rows on, spills, kernels."""
     findings = list(findings)
     parts = []
-    for family in FLOORS:
+    for family in dict.fromkeys(f.family for f in findings):
         bounds = [
             f.bound
             for f in findings
             if f.family == family and f.target == FLOORED and f.case.m >= FLOOR_ROWS
+            if f.case.n
         ]
         if bounds:
             parts.append(f"{family}_bound_min={min(bounds):.3f}")

@@ -22,6 +22,7 @@ from pallas_kernels.audit.cases import Case
 from pallas_kernels.audit.compile import ToolError, check_tools
 from pallas_kernels.audit.examine import Finding, examine
 from pallas_kernels.audit.targets import target as find_target
+from pallas_kernels.audit.timing import Block, Times
 from pallas_kernels.tiles import Tile
 
 Job = tuple[Case, str, Tile | None]
@@ -93,6 +94,14 @@ def serve(jobs: TextIO, findings: TextIO) -> None:
         print(json.dumps(reply), file=findings, flush=True)
 
 
+def _finding(reply: dict) -> Finding:
+    """A finding from its JSON."""
+    parts = {"case": Case, "block": Block, "times": Times, "tile": Tile}
+    for name, kind in parts.items():
+        reply[name] = reply[name] and kind(**reply[name])
+    return Finding(**reply)
+
+
 class _Worker:
     """One process and its pipes."""
 
@@ -122,7 +131,7 @@ class _Worker:
             raise ToolError(f"compiling {case} for {name} ended the compiler: {said}") from None
         if "error" in reply:
             raise RefusedError(f"{case.op} {case.shape} on {name}: {reply['error']}")
-        return Finding(**{**reply, "case": Case(**reply["case"])})
+        return _finding(reply)
 
     def close(self) -> None:
         """Ends the process."""

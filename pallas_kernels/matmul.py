@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import packing, reference, tiles, unpack
-from pallas_kernels.dispatch import DEFAULT_GENERATION, generation
+from pallas_kernels import reference, tiles, unpack
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.matmul_plan import Spec, choose_tile, gate_fits
 from pallas_kernels.operands import Operands
-from pallas_kernels.tile_table import TILES
 from pallas_kernels.tiles import Tile
 
 # An int32 sum of a part that starts from the bits of the float 1.5 * 2^23 is, bit for bit, that
@@ -42,27 +41,12 @@ class _Refs(NamedTuple):
     x: Array
     w: Array
     scale: Array  # float32[n, g]
-    sums: Array | None = None  # [m, p], int32 or float32: of x over every part, see `_part`
+    sums: Array | None = None  # [m, p], int32 or float32: of x over every part, see `Spec`
     zero: Array | None = None  # int8[n, g]
     x_scale: Array | None = None  # float32[m, 1]
     bias: Array | None = None  # float32[1, n]
     gate: Array | None = None  # [b, n]
     residual: Array | None = None  # [m, n]
-
-
-class _Spec(NamedTuple):
-    """What a program knows while it is traced."""
-
-    m: int
-    n: int
-    k: int
-    format: str
-    group: int | None  # inputs that share a scale; None: all of them
-    part: int | None  # inputs that are summed before they are scaled; None: all of them
-    base: int  # taken off a stored code, zero points apart
-    rows_per_gate: int
-    tile: Tile
-    interpret: bool
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tile", "interpret"))
@@ -83,27 +67,15 @@ def matmul(
     """
     x, w = operands.x, operands.w
     tiles.refuse_empty(x, w)
-    (m, k), n = x.shape, w.shape[0]
-    tile = tile or choose_tile(operands)
-    integer = x.dtype == jnp.int8
-    if not integer and x.dtype != jnp.bfloat16:
+    if x.dtype not in (jnp.int8, jnp.bfloat16):
         raise NotImplementedError(f"the kernel takes int8 codes and bfloat16, not {x.dtype}")
-    if not _gate_fits(operands, tile):
+    tile = tile or choose_tile(operands)
+    if not gate_fits(operands, tile):
         bare = dataclasses.replace(operands, gate=None, residual=None)
         y = matmul(bare, tile=tile, interpret=interpret)
         return reference.epilogue(y, None, operands.gate, operands.residual, out_dtype)
-    spec = _Spec(
-        m=m,
-        n=n,
-        k=k,
-        format=operands.format,
-        group=operands.group,
-        part=_part(operands, tile),
-        base=unpack.base(operands.format, integer),
-        rows_per_gate=m if operands.gate is None else m // operands.gate.shape[0],
-        tile=tile,
-        interpret=interpret,
-    )
+    spec = Spec.of(operands, tile, interpret)
+    m, n = spec.m, spec.n
     refs = _Refs(
         x=x,
         w=w,
@@ -115,7 +87,7 @@ def matmul(
         gate=operands.gate,
         residual=operands.residual,
     )
-    step = {"x": (tile.m, tile.k), "w": (tile.n, _step_bytes(spec)), "residual": (tile.m, tile.n)}
+    step = {"x": (tile.m, tile.k), "w": (tile.n, spec.step_bytes), "residual": (tile.m, tile.n)}
     step |= dict.fromkeys(("x_scale", "sums"), (tile.m, 1))
     step |= dict.fromkeys(("scale", "zero"), (tile.n, 1))
     step |= dict.fromkeys(("bias", "gate"), (1, tile.n))
@@ -133,53 +105,12 @@ def matmul(
     )(*present.values())
 
 
-def choose_tile(operands: Operands, gpu: str | None = None) -> Tile:
-    """The tile of `tile_table` for these operands.
-
-    Args:
-        operands: the arrays' shapes and dtypes decide.
-        gpu: a generation, "sm_80"; None: this process's GPU, without one the A100. A generation
-            that the table lacks takes the A100's tiles.
-    """
-    acts = "a8" if operands.x.dtype == jnp.int8 else "a16"
-    op = f"{operands.format}_{acts}" + ("" if operands.group is None else "_grouped")
-    table = TILES.get(gpu or generation(), TILES[DEFAULT_GENERATION])[op]
-    tile = next(tile for most, tile in table if operands.x.shape[0] <= most)
-    group = operands.group
-    if operands.format == "int8" and group in (32, 64) and group < tile.k:
-        return dataclasses.replace(tile, k=group)  # a step is a group
-    return tile
-
-
-def _gate_fits(operands: Operands, tile: Tile) -> bool:
-    """Whether no tile holds rows of two batch entries with gates of their own."""
-    gate = operands.gate
-    return gate is None or len(gate) == 1 or (operands.x.shape[0] // len(gate)) % tile.m == 0
-
-
-def _part(operands: Operands, tile: Tile) -> int | None:
-    """k that is summed before it is scaled: a step of the tile, or a group where that is less."""
-    format, group = operands.format, operands.group
-    if format in unpack.RUN and tile.k != packing.BLOCK:
-        raise ValueError(f"tile.k must be {packing.BLOCK} for {format}, got {tile.k}")
-    if group is None:
-        return None
-    if tile.k > packing.BLOCK:
-        raise ValueError(f"tile.k must be at most {packing.BLOCK} for groups, got {tile.k}")
-    run = unpack.RUN.get(format, tile.k)
-    if group % tile.k and (tile.k % group or group % run):
-        raise NotImplementedError(
-            f"groups of {group} are neither whole steps of {tile.k} nor whole runs of {run} in one"
-        )
-    return min(group, tile.k)
-
-
 def _for_rows(values: Array, n: int) -> Array:
     """Scales or zero points as stored, [n, g]; one for all rows is written out."""
     return jnp.broadcast_to(values, (n, values.shape[1]))
 
 
-def _sums(operands: Operands, spec: _Spec) -> Array | None:
+def _sums(operands: Operands, spec: Spec) -> Array | None:
     """Sums of x over every part, 0 for parts behind k; None where nothing is taken off a code."""
     if not spec.base and operands.zero is None:
         return None
@@ -190,11 +121,7 @@ def _sums(operands: Operands, spec: _Spec) -> Array | None:
     return jnp.pad(sums, ((0, 0), (0, parts - sums.shape[1])))
 
 
-def _step_bytes(spec: _Spec) -> int:
-    return spec.tile.k * FORMATS[spec.format].bits // 8
-
-
-def _kernel(*args, spec: _Spec, names: tuple[str, ...]):
+def _kernel(*args, spec: Spec, names: tuple[str, ...]):
     out_ref = args[-1]
     refs = _Refs(**dict(zip(names, args[:-1], strict=True)))
     tile = spec.tile
@@ -223,7 +150,7 @@ def _kernel(*args, spec: _Spec, names: tuple[str, ...]):
     tiles.store_epilogue(total, (spec.m, spec.n), row, col, refs, spec.rows_per_gate, out_ref)
 
 
-def _start(refs: _Refs, spec: _Spec, row, col, integer: bool, index):
+def _start(refs: _Refs, spec: Spec, row, col, integer: bool, index):
     """What the sum of a part starts from: minus what its codes are too large by, times sum(x)."""
     bm, bn = spec.tile.m, spec.tile.n
     magic = MAGIC_BITS if integer and spec.part is not None else 0
@@ -236,14 +163,14 @@ def _start(refs: _Refs, spec: _Spec, row, col, integer: bool, index):
     return jnp.broadcast_to(magic - sums * shift, (bm, bn))
 
 
-def _scaled(part, refs: _Refs, spec: _Spec, col, index):
+def _scaled(part, refs: _Refs, spec: Spec, col, index):
     """The sum of a part times its scale, float32[bm, bn]."""
     if part.dtype == jnp.int32 and spec.part is not None:
         part = jax.lax.bitcast_convert_type(part, jnp.float32) - MAGIC
     return part.astype(jnp.float32) * _column(refs.scale, spec, col, index)
 
 
-def _column(ref, spec: _Spec, col, index):
+def _column(ref, spec: Spec, col, index):
     """[1, bn]: the entries of [n, g] for the group that part `index` lies in."""
     groups = ref.shape[1]
     if spec.part is not None:  # a part behind k has no group; its sums are 0
@@ -251,9 +178,9 @@ def _column(ref, spec: _Spec, col, index):
     return tiles.load_column(ref, (spec.n, groups), col, index, spec.tile.n)[None]
 
 
-def _runs(w_ref, spec: _Spec, col, i, integer: bool) -> Iterator[tuple[int, int, Array]]:
+def _runs(w_ref, spec: Spec, col, i, integer: bool) -> Iterator[tuple[int, int, Array]]:
     """(first, last + 1, codes[bn, run]) of the contiguous runs of k in step i of the weights."""
-    first, stored = i * _step_bytes(spec), (spec.n, FORMATS[spec.format].stored_size(spec.k))
+    first, stored = i * spec.step_bytes, (spec.n, FORMATS[spec.format].stored_size(spec.k))
 
     def read(start, width):
         return tiles.load(w_ref, stored, col, first + start, (spec.tile.n, width))

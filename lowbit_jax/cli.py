@@ -104,6 +104,8 @@ def inspect(command: Inspect, console: Console) -> None:
         console.print(
             "config: " + ", ".join(f"{key} {value}" for key, value in manifest["config"].items())
         )
+        for note in source.get("notes", ()):
+            console.print(note, soft_wrap=True)
         for name, digest in source.get("files", {}).items():
             console.print(
                 f"from {name} ({source['layout']} layout), sha256 {digest}", soft_wrap=True

@@ -41,9 +41,9 @@ class _Refs(NamedTuple):
 
     x: Array
     w: Array
-    scale: Array  # float32[p, n], one row per part: k that is summed before it is scaled
-    sums: Array | None = None  # [m, p], int32 or float32: of x over every part
-    shift: Array | None = None  # [p, n], like sums: what to take off a stored code, zero included
+    scale: Array  # float32[n, g]
+    sums: Array | None = None  # [m, p], int32 or float32: of x over every part, see `_part`
+    zero: Array | None = None  # int8[n, g]
     x_scale: Array | None = None  # float32[m, 1]
     bias: Array | None = None  # float32[1, n]
     gate: Array | None = None  # [b, n]
@@ -57,6 +57,7 @@ class _Spec(NamedTuple):
     n: int
     k: int
     format: str
+    group: int | None  # inputs that share a scale; None: all of them
     part: int | None  # inputs that are summed before they are scaled; None: all of them
     base: int  # taken off a stored code, zero points apart
     rows_per_gate: int
@@ -96,6 +97,7 @@ def matmul(
         n=n,
         k=k,
         format=operands.format,
+        group=operands.group,
         part=_part(operands, tile),
         base=unpack.base(operands.format, integer),
         rows_per_gate=m if operands.gate is None else m // operands.gate.shape[0],
@@ -105,15 +107,18 @@ def matmul(
     refs = _Refs(
         x=x,
         w=w,
+        scale=_for_rows(operands.scale, n),
+        sums=_sums(operands, spec),
+        zero=None if operands.zero is None else _for_rows(operands.zero, n),
         x_scale=operands.x_scale,
-        **_by_part(operands, spec),  # type: ignore[arg-type]
         bias=None if operands.bias is None else operands.bias.astype(jnp.float32)[None],
         gate=operands.gate,
         residual=operands.residual,
     )
     step = {"x": (tile.m, tile.k), "w": (tile.n, _step_bytes(spec)), "residual": (tile.m, tile.n)}
     step |= dict.fromkeys(("x_scale", "sums"), (tile.m, 1))
-    step |= dict.fromkeys(("scale", "shift", "bias", "gate"), (1, tile.n))
+    step |= dict.fromkeys(("scale", "zero"), (tile.n, 1))
+    step |= dict.fromkeys(("bias", "gate"), (1, tile.n))
     present = {name: ref for name, ref in refs._asdict().items() if ref is not None}
     return pl.pallas_call(
         functools.partial(_kernel, spec=spec, names=tuple(present)),
@@ -169,24 +174,20 @@ def _part(operands: Operands, tile: Tile) -> int | None:
     return min(group, tile.k)
 
 
-def _by_part(operands: Operands, spec: _Spec) -> dict[str, Array | None]:
-    """Scales, sums of x and shifts of the codes, one per part; None where nothing is taken off."""
-    zero, n = operands.zero, spec.n
-    parts = 1 if spec.part is None else pl.cdiv(spec.k, spec.tile.k) * (spec.tile.k // spec.part)
+def _for_rows(values: Array, n: int) -> Array:
+    """Scales or zero points as stored, [n, g]; one for all rows is written out."""
+    return jnp.broadcast_to(values, (n, values.shape[1]))
 
-    def rows(values):
-        values = jnp.broadcast_to(values, (n, values.shape[1])).T
-        if spec.part is None or operands.group is None:
-            return values
-        values = jnp.repeat(values, operands.group // spec.part, axis=0)[:parts]
-        return jnp.pad(values, ((0, parts - len(values)), (0, 0)))  # behind k all is 0
 
-    if not spec.base and zero is None:
-        return {"scale": rows(operands.scale)}
+def _sums(operands: Operands, spec: _Spec) -> Array | None:
+    """Sums of x over every part, 0 for parts behind k; None where nothing is taken off a code."""
+    if not spec.base and operands.zero is None:
+        return None
     sums = operands.sums_of(spec.part or spec.k)
-    sums = jnp.pad(sums, ((0, 0), (0, parts - sums.shape[1])))
-    shift = None if zero is None else rows(zero).astype(sums.dtype) + spec.base
-    return {"scale": rows(operands.scale), "sums": sums, "shift": shift}
+    if spec.part is None:
+        return sums
+    parts = pl.cdiv(spec.k, spec.tile.k) * (spec.tile.k // spec.part)
+    return jnp.pad(sums, ((0, 0), (0, parts - sums.shape[1])))
 
 
 def _step_bytes(spec: _Spec) -> int:
@@ -228,11 +229,10 @@ def _start(refs: _Refs, spec: _Spec, row, col, integer: bool, index):
     magic = MAGIC_BITS if integer and spec.part is not None else 0
     if refs.sums is None:
         return jnp.full((bm, bn), magic, jnp.int32 if integer else jnp.float32)
-    parts = refs.scale.shape[0]
-    sums = tiles.load(refs.sums, (spec.m, parts), row, index, (bm, 1))
+    sums = tiles.load(refs.sums, (spec.m, refs.sums.shape[1]), row, index, (bm, 1))
     shift = spec.base
-    if refs.shift is not None:
-        shift = tiles.load(refs.shift, (parts, spec.n), index, col, (1, bn))
+    if refs.zero is not None:
+        shift += _column(refs.zero, spec, col, index).astype(sums.dtype)
     return jnp.broadcast_to(magic - sums * shift, (bm, bn))
 
 
@@ -240,8 +240,15 @@ def _scaled(part, refs: _Refs, spec: _Spec, col, index):
     """The sum of a part times its scale, float32[bm, bn]."""
     if part.dtype == jnp.int32 and spec.part is not None:
         part = jax.lax.bitcast_convert_type(part, jnp.float32) - MAGIC
-    scale = tiles.load(refs.scale, (refs.scale.shape[0], spec.n), index, col, (1, spec.tile.n))
-    return part.astype(jnp.float32) * scale
+    return part.astype(jnp.float32) * _column(refs.scale, spec, col, index)
+
+
+def _column(ref, spec: _Spec, col, index):
+    """[1, bn]: the entries of [n, g] for the group that part `index` lies in."""
+    groups = ref.shape[1]
+    if spec.part is not None:  # a part behind k has no group; its sums are 0
+        index = jnp.minimum(index * spec.part // spec.group, groups - 1)
+    return tiles.load_column(ref, (spec.n, groups), col, index, spec.tile.n)[None]
 
 
 def _runs(w_ref, spec: _Spec, col, i, integer: bool) -> Iterator[tuple[int, int, Array]]:

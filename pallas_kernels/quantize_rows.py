@@ -19,10 +19,9 @@ from pallas_kernels.reference_rows import check_modulate, check_rows
 from pallas_kernels.row_walk import Walk
 from pallas_kernels.rows import QuantizedRows
 
-# 64 float32 values a thread at 8 warps, so that a row of 15360 (FLUX's widest) is read once
-WIDEST_ROW = 16384
-# a tile of narrow rows holds this many values: 32 a thread at 4 warps
-TILE_VALUES = 4096
+# A block is 8 values a thread, which in bfloat16 is one load of 16 bytes, and at most 8 warps.
+# A row of up to 9 blocks (18432 values) stays in registers, 72 or fewer a thread.
+WARP_VALUES, WIDEST_BLOCK = 256, 2048
 STATIC = ("bits", "rotation", "block_k", "interpret")
 
 
@@ -41,20 +40,21 @@ def quantize_rows(
     Without a rotation the two are equal bit for bit. With one, the kernel's float32 values are off
     by what `row_math.rotate` says.
 
-    A row that fits in one block of `block_k` is read once and stays in registers; a longer one is
-    read twice, for its largest value and for its codes.
+    One program per row. A row of up to nine blocks, which by default is one of up to 18432 values,
+    is read once and stays in registers; a longer one is read twice, for its largest value and for
+    its codes.
 
     Args:
         x: bfloat16 or float32[m, k], any m and k.
         bits: 2 to 8; codes lie in [-qmax, qmax], qmax = 2^(bits-1) - 1.
         mask: float32[k], multiplies the channels.
         rotation: 64, 128 or 256, the block size of the Hadamard rotation after the mask.
-        block_k: values of a row per step, a power of two; None: the row, up to 16384.
+        block_k: values of a block, a power of two up to 2048; None: by k.
         interpret: run the kernel's body as plain JAX, on any platform.
 
     Raises:
         ValueError: x is not a bfloat16 or float32 matrix, block_k is no power of two (with a
-            rotation: of at least 256), or see `reference_rows.check_rows`.
+            rotation: of at least 256) or over 2048, or see `reference_rows.check_rows`.
         NotImplementedError: x is empty, or has 2^31 values or more.
     """
     return _matrix(row_walk.identity, x, bits, mask, rotation, block_k, interpret)
@@ -92,7 +92,7 @@ def modulate_quantize_rows(
 ) -> QuantizedRows:
     """AdaLN and quantisation in one pass: `reference_rows.modulate_quantize_rows`.
 
-    A row that does not fit in one block is read four times: for mean, variance, peak and codes.
+    A row of more than nine blocks is read four times: for mean, variance, peak and codes.
 
     Args:
         x: bfloat16 or float32[b, t, k].
@@ -102,7 +102,7 @@ def modulate_quantize_rows(
         eps: added to the variance.
         mask: float32[k], after AdaLN.
         rotation: after the mask.
-        block_k: values of a row per step.
+        block_k: values of a block.
         interpret: run the kernel's body as plain JAX.
 
     Raises:
@@ -126,30 +126,27 @@ def _call(prologue, operands, bits, mask, rotation, block_k, interpret, eps=0.0)
     """The kernel on x[b, t, k], and for AdaLN shift and scale[b, 1, k]."""
     _check(operands, bits, mask, rotation)
     b, t, k = operands["x"].shape
-    block_k = _block_k(block_k, k, rotation)
-    rows = max(1, min(TILE_VALUES // block_k, tiles.power_of_two(t)))
+    width = _width(block_k, k, rotation)
     if mask is not None:
         operands = operands | {"mask": mask[None, None]}
-    steps = {name: (rows if name == "x" else 1, block_k) for name in operands}
     kernel = functools.partial(
         _kernel,
+        walk=Walk(k, width),
         prologue=prologue,
-        size=(t, k),
-        block=(rows, block_k),
         rotation=rotation,
         qmax=2 ** (bits - 1) - 1,
         eps=eps,
         interpret=interpret,
     )
-    outputs = ((k, block_k, jnp.int8), (1, 1, jnp.float32), (1, 1, jnp.int32))
+    outputs = ((k, width, jnp.int8), (1, 1, jnp.float32), (1, 1, jnp.int32))
     found = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(t, rows), b),
-        in_specs=[{name: _spec(operands[name].shape, step) for name, step in steps.items()}],
-        out_specs=[_spec((b, t, n), (rows, step)) for n, step, _ in outputs],
+        grid=(t, b),
+        in_specs=[{name: _row(array.shape, width) for name, array in operands.items()}],
+        out_specs=[_row((b, t, n), step) for n, step, _ in outputs],
         out_shape=[jax.ShapeDtypeStruct((b, t, n), dtype) for n, _, dtype in outputs],
         compiler_params=pltriton.CompilerParams(
-            num_warps=4 if rows * block_k <= TILE_VALUES else 8, num_stages=2
+            num_warps=max(1, width // WARP_VALUES), num_stages=2
         ),
         interpret=interpret,
         name=f"{prologue.__name__}_quantize_rows",
@@ -168,47 +165,51 @@ def _check(operands, bits, mask, rotation) -> None:
         raise NotImplementedError(f"the kernels index with 32 bits: {x.shape} is too large")
 
 
-def _block_k(block_k: int | None, k: int, rotation: int | None) -> int:
+def _width(block_k: int | None, k: int, rotation: int | None) -> int:
+    """Values of a block: the fewest that `Walk` keeps the whole row of, or block_k."""
     least = 1 if rotation is None else row_math.GROUP
     if block_k is None:
-        return max(least, min(tiles.power_of_two(k), WIDEST_ROW))
-    if block_k < least or block_k != tiles.power_of_two(block_k):
-        raise ValueError(f"block_k must be a power of two from {least} on, got {block_k}")
+        fewest = tiles.power_of_two(pl.cdiv(k, row_walk.MAX_KEPT))
+        width = min(max(fewest, WARP_VALUES), WIDEST_BLOCK)
+        return max(least, min(width, tiles.power_of_two(k)))
+    if not least <= block_k <= WIDEST_BLOCK or block_k != tiles.power_of_two(block_k):
+        wanted = f"a power of two from {least} to {WIDEST_BLOCK}"
+        raise ValueError(f"block_k must be {wanted}, got {block_k}")
     return block_k
 
 
-def _spec(shape: tuple[int, int, int], step: tuple[int, int]) -> pl.BlockSpec:
-    """Its image's matrix for each program, or the only one there is; see `tiles.covered`."""
-    b, rows, columns = shape
-    block = [-(-size // by) * by for size, by in ((rows, step[0]), (columns, step[1]))]
-    return pl.BlockSpec((None, *block), lambda _, image: (image if b > 1 else 0, 0, 0))
+def _row(shape: tuple[int, int, int], width: int) -> pl.BlockSpec:
+    """The row of an array [b, t, k] that program (t, b) works on, made up to whole blocks.
+
+    What lies behind its end is masked by `tiles`. An axis of size 1 is the same for all programs.
+    """
+    images, rows, k = shape
+    index = lambda row, image: (image if images > 1 else 0, row if rows > 1 else 0, 0)  # noqa: E731
+    return pl.BlockSpec((None, 1, pl.cdiv(k, width) * width), index)
 
 
 def _kernel(
-    refs, codes_ref, scale_ref, sums_ref, *, prologue, size, block, rotation, qmax, eps, interpret
+    refs, codes_ref, scale_ref, sums_ref, *, walk, prologue, rotation, qmax, eps, interpret
 ):
-    row = pl.program_id(0) * block[0]
-    walk = Walk(size, block, row)
-    rows = prologue(walk, refs, eps)
+    prepared = prologue(walk, refs, eps=eps, interpret=interpret)
 
     def finished(i):
-        x = rows(i)
+        x = prepared(i)
         if "mask" in refs:
-            x = x * walk.load_channels(refs["mask"], i)
+            x = x * walk.load(refs["mask"], i)
         return x if rotation is None else row_math.rotate(x, rotation)
 
     read = walk.kept(finished)
-    zeros = jnp.zeros((block[0], 1), jnp.float32)
-    peak = walk.fold(lambda i, peak: row_math.larger(peak, row_math.peak(read(i))), zeros)
-    scale = row_math.row_scale(peak, qmax)
+    sizes = walk.total(jnp.maximum, lambda i: row_math.size_bits(read(i)))
+    scale = row_math.scale_of(row_math.over_row(jnp.max, sizes), qmax)
     inverse = row_math.inverse(scale, interpret)
 
-    def write(i, sums):
+    def write(i):
+        # |x| <= peak, so no quotient rounds to more than qmax: there is nothing to clip
         codes = row_math.round_half_even(read(i) * inverse, interpret)
-        codes = jnp.clip(codes, -qmax, qmax)
-        walk.store(codes_ref, i, codes.astype(jnp.int8))
-        return sums + jnp.sum(codes, axis=1, keepdims=True)
+        narrow = codes.astype(jnp.int8)
+        walk.store(codes_ref, i, narrow if rotation is None else row_math.unfold(narrow))
+        return codes
 
-    sums = walk.fold(write, zeros.astype(jnp.int32))
-    tiles.store(scale_ref, (size[0], 1), row, 0, scale)
-    tiles.store(sums_ref, (size[0], 1), row, 0, sums)
+    sums_ref[...] = row_math.over_row(jnp.sum, walk.total(jnp.add, write))
+    scale_ref[...] = scale

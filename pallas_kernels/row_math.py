@@ -1,4 +1,4 @@
-"""What the row-quantising kernel does to a tile of rows, in a form that Triton takes.
+"""What the row-quantising kernel does to a block of a row, in a form that Triton takes.
 
 Triton divides approximately (div.full.f32, up to 2 ulp), has no round, and adding 1.5 * 2^23 to
 round would be fused with the product before it, which skips a rounding. One PTX instruction each
@@ -7,45 +7,57 @@ does what IEEE says; interpret mode, which knows no assembly, takes the same fro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Shaped
 
 SIDE = 16  # of the matrices that the tensor cores take, and that a rotation is made of
 GROUP = SIDE * SIDE  # values of a row that are rotated together, one block of 256 or four of 64
 
 
-def gelu(x: Float32[Array, "r c"]) -> Float32[Array, "r c"]:
+def gelu(x: Float32[Array, "l c"], interpret: bool) -> Float32[Array, "l c"]:
     """GELU in its tanh form, as `x * sigmoid(2u)`, u = sqrt(2 / pi) (x + 0.044715 x^3).
 
     1 + tanh(u) = 2 sigmoid(2u), without the cancellation that costs the left side all digits of a
-    large negative x. One exp2 and one division, each good to 2 ulp on the GPU: the result is off by
-    1e-6 of itself where it matters (|x| < 6). tanh.approx.f32 would be off by 5e-4 of 1 + tanh.
+    large negative x. ex2.approx and rcp.approx are good to 2^-22 and 1 ulp: the result is off by
+    less than 3e-6 of itself for |x| < 6. tanh.approx would be off by 2^-11.
     """
     slope = 2 * np.sqrt(2 / np.pi) * np.log2(np.e)
-    exponent = x * (np.float32(slope) + np.float32(0.044715 * slope) * (x * x))
-    return x / (1 + jnp.exp2(-exponent))
+    exponent = x * (np.float32(-slope) - np.float32(0.044715 * slope) * (x * x))
+    if interpret:
+        return x * (1 / (1 + jnp.exp2(exponent)))
+    power = _ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", exponent, jnp.float32)
+    return x * _ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", 1 + power, jnp.float32)
 
 
-def rotate(x: Float32[Array, "r c"], rotation: int) -> Float32[Array, "r c"]:
-    """`reference_rows.rotate` of a tile whose columns are a multiple of 256, on tensor cores.
+def rotate(x: Float32[Array, "1 c"], rotation: int) -> Float32[Array, "l 16"]:
+    """`reference_rows.rotate` of a block of a multiple of 256 values, on tensor cores.
 
-    Sylvester's matrix is a Kronecker product, H_B = H_(B/16) x H_16, so a row of 256 values written
-    as a 16 x 16 matrix X becomes `L X H_16`, where L = blockdiag(H_(B/16), ...): two products of
-    side 16 for every B. They cost 64 multiplications a value, and not 2 B, and their matrices
-    two registers, where H_B would be read from memory by every program.
+    Sylvester's matrix is a Kronecker product, H_B = H_(B/16) x H_16, so 256 values of a row, as a
+    16 x 16 matrix X, become `L X H_16`, where L = blockdiag(H_(B/16), ...): two products of
+    side 16, whatever B. A value takes part in 64 multiplications, not 2 B, and the matrices take
+    two registers, where H_B would be read by every program.
 
-    The entries are +-1, exact in bfloat16. The values go in as two bfloat16 parts, which
-    leaves 2^-17 of each value out, and are summed in float32: |error| <= 2^-16 sqrt(B) max|row|
+    The entries are +-1, exact in bfloat16. The values go into each product as two bfloat16 parts,
+    which leave out 2^-16 of a value, and are summed in float32. As the parts that are left out are
+    rotated like the rest, |error| <= 2^-15 sqrt(B) max|row|; 4e-6 of the largest is usual.
+
+    Returns:
+        The rotated values in another order, that of `L X H_16` transposed: `unfold` restores it.
+        A maximum or a sum need not wait for that.
     """
-    rows, columns = x.shape
-    right = _hadamard_blocks(SIDE)
-    left = _hadamard_blocks(rotation // SIDE)
-    x = _split_dot(x.reshape(-1, SIDE), right)
-    x = _split_dot(_transposed(x), left)  # left is symmetric
-    return _transposed(x).reshape(rows, columns) * jnp.float32(rotation**-0.5)
+    lines = _split_dot(x.reshape(-1, SIDE), _hadamard_blocks(SIDE))
+    lines = _split_dot(_transposed(lines), _hadamard_blocks(rotation // SIDE))  # L is symmetric
+    return lines * jnp.float32(rotation**-0.5)
+
+
+def unfold(lines: Shaped[Array, "l 16"]) -> Shaped[Array, "1 c"]:
+    """What `rotate` returned, or the codes of it, as a block of the row again."""
+    return _transposed(lines).reshape(1, -1)
 
 
 def _hadamard_blocks(block: int):
@@ -71,33 +83,33 @@ def _transposed(x):
     return x.reshape(-1, SIDE, SIDE).swapaxes(1, 2).reshape(-1, SIDE)
 
 
-def peak(x: Float32[Array, "r c"]) -> Float32[Array, "r 1"]:
-    """Largest size in each row, NaN where the row has one: no max is trusted to keep it."""
-    largest = jnp.max(jnp.where(x == x, jnp.abs(x), 0.0), axis=1, keepdims=True)
-    nans = jnp.max(jnp.where(x == x, 0.0, 1.0), axis=1, keepdims=True)
-    return jnp.where(nans > 0, jnp.nan, largest)
+def size_bits(x: Float32[Array, "l c"]) -> Int32[Array, "l c"]:
+    """The bits of |x|. As integers they have the order of the sizes, and NaN is the largest.
+
+    No float maximum is trusted to keep a NaN, and one instruction less than asking for it.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
 
 
-def larger(a: Float32[Array, "r 1"], b: Float32[Array, "r 1"]) -> Float32[Array, "r 1"]:
-    """Elementwise max of what `peak` returned; a NaN in either stays."""
-    larger = jnp.where(a > b, a, b)  # b where either is NaN
-    return jnp.where(a == a, larger, a)
+def over_row(reduce: Callable, x: Shaped[Array, "l c"]) -> Shaped[Array, "1 1"]:
+    """The sum or the maximum of a block."""
+    return reduce(reduce(x, axis=1, keepdims=True), axis=0, keepdims=True)
 
 
-def row_scale(peak: Float32[Array, "r 1"], qmax: int) -> Float32[Array, "r 1"]:
-    """`peak / qmax`, and 1 where that is 0 or denormal."""
-    scale = peak * jnp.float32(1 / qmax)
+def scale_of(peak: Int32[Array, "1 1"], qmax: int) -> Float32[Array, "1 1"]:
+    """`peak / qmax` of the bits of a row's largest size, and 1 where that is 0 or denormal."""
+    scale = jax.lax.bitcast_convert_type(peak, jnp.float32) * jnp.float32(1 / qmax)
     return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
 
 
-def inverse(x: Float32[Array, "r 1"], interpret: bool) -> Float32[Array, "r 1"]:
+def inverse(x: Float32[Array, "1 1"], interpret: bool) -> Float32[Array, "1 1"]:
     """1 / x, correctly rounded."""
     if interpret:
         return 1 / x
     return _ptx("rcp.rn.f32 $0, $1;", "=f,f", x, jnp.float32)
 
 
-def round_half_even(x: Float32[Array, "r c"], interpret: bool) -> Int32[Array, "r c"]:
+def round_half_even(x: Float32[Array, "l c"], interpret: bool) -> Int32[Array, "l c"]:
     """To the nearest int32, ties to even, NaN to 0."""
     if interpret:
         return jnp.round(jnp.where(x == x, x, 0.0)).astype(jnp.int32)

@@ -1,8 +1,9 @@
-"""One program's rows, walked in blocks of columns, and what becomes of them before quantising."""
+"""One program's row, walked in blocks, and what becomes of it before it is quantised."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,91 +13,81 @@ from jaxtyping import Array, Float32
 
 from pallas_kernels import row_math, tiles
 
-Read = Callable[[Any], Float32[Array, "r c"]]
-"""A block of the rows, by its number; 0 behind the rows' ends."""
+Read = Callable[[Any], Float32[Array, "1 c"]]
+"""A block of the row, by its number; 0 behind the row's end."""
+
+MAX_KEPT = 9  # blocks of a row that stay in registers: 9 x 128 is 1152, 9 x 512 is 4608
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """The rows of one program; a row is one block or several.
+    """A row in blocks.
 
     Attributes:
-        size: (t, k) of the whole array.
-        block: (rows, block_k), what is computed on at once.
-        row: the first of the rows.
+        k: its length.
+        width: values of a block, a power of two.
     """
 
-    size: tuple[int, int]
-    block: tuple[int, int]
-    row: Any
+    k: int
+    width: int
 
     @property
     def steps(self) -> int:
-        """Blocks in a row."""
-        return -(-self.size[1] // self.block[1])
+        """Number of blocks."""
+        return -(-self.k // self.width)
 
-    def load(self, ref, i):
-        """Block i of the rows of an array [t, k], in float32."""
-        x = tiles.load(ref, self.size, self.row, i * self.block[1], self.block)
-        return x.astype(jnp.float32)
-
-    def load_channels(self, ref, i):
-        """Block i of an array [1, k], the same for all rows, in float32."""
-        _, columns = self.block
-        x = tiles.load(ref, (1, self.size[1]), 0, i * columns, (1, columns))
+    def load(self, ref, i) -> Float32[Array, "1 c"]:
+        """Block i of an array [1, k]."""
+        x = tiles.load(ref, (1, self.k), 0, i * self.width, (1, self.width))
         return x.astype(jnp.float32)
 
     def store(self, ref, i, value) -> None:
-        """Writes block i of the rows of an array [t, k]."""
-        tiles.store(ref, self.size, self.row, i * self.block[1], value)
+        """Writes block i of an array [1, k]."""
+        tiles.store(ref, (1, self.k), 0, i * self.width, value)
 
-    def inside(self, i, x):
-        """`x` with 0 behind the rows' ends."""
-        (_, k), (_, columns) = self.size, self.block
-        if k % columns == 0:
+    def inside(self, i, x) -> Float32[Array, "1 c"]:
+        """Block i with 0 behind the row's end."""
+        if self.k % self.width == 0:
             return x
-        column = i * columns + jax.lax.broadcasted_iota(jnp.int32, self.block, 1)
-        return jnp.where(column < k, x, 0.0)
-
-    def fold(self, f: Callable, start):
-        """`f(i, carry)` over the blocks of the rows."""
-        return f(0, start) if self.steps == 1 else jax.lax.fori_loop(0, self.steps, f, start)
+        column = i * self.width + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+        return jnp.where(column < self.k, x, 0.0)
 
     def kept(self, read: Read) -> Read:
-        """`read`, computed once where a row is one block: it stays in registers."""
-        if self.steps > 1:
+        """`read`, where the row is few blocks: each computed once and kept in registers."""
+        if self.steps > MAX_KEPT:
             return read
-        only = read(0)
-        return lambda _: only
+        return [read(i) for i in range(self.steps)].__getitem__
+
+    def total(self, combine: Callable, read: Callable):
+        """The blocks combined elementwise, first to last: one block."""
+        if self.steps <= MAX_KEPT:
+            return functools.reduce(combine, map(read, range(self.steps)))
+        return jax.lax.fori_loop(1, self.steps, lambda i, x: combine(x, read(i)), read(0))
 
 
-def identity(walk: Walk, refs: dict, eps: float) -> Read:
-    """The rows as they are."""
+def identity(walk: Walk, refs: dict, *, eps: float, interpret: bool) -> Read:
+    """The row as it is."""
     return lambda i: walk.load(refs["x"], i)
 
 
-def gelu(walk: Walk, refs: dict, eps: float) -> Read:
-    """`row_math.gelu` of the rows."""
-    return lambda i: row_math.gelu(walk.load(refs["x"], i))
+def gelu(walk: Walk, refs: dict, *, eps: float, interpret: bool) -> Read:
+    """`row_math.gelu` of the row."""
+    return lambda i: row_math.gelu(walk.load(refs["x"], i), interpret)
 
 
-def modulate(walk: Walk, refs: dict, eps: float) -> Read:
+def modulate(walk: Walk, refs: dict, *, eps: float, interpret: bool) -> Read:
     """`(1 + scale) * layer_norm(x, eps) + shift`, the mean taken off before the squares are."""
-    k = walk.size[1]
+    share = jnp.float32(1 / walk.k)
     x = walk.kept(lambda i: walk.load(refs["x"], i))
-
-    def mean(read):
-        add = lambda i, total: total + jnp.sum(read(i), axis=1, keepdims=True)  # noqa: E731
-        return walk.fold(add, jnp.zeros((walk.block[0], 1), jnp.float32)) * jnp.float32(1 / k)
-
-    average = mean(x)
-    centred = walk.kept(lambda i: walk.inside(i, x(i) - average))
-    variance = mean(lambda i: jnp.square(centred(i)))
+    mean = row_math.over_row(jnp.sum, walk.total(jnp.add, x)) * share
+    centred = walk.kept(lambda i: walk.inside(i, x(i) - mean))
+    squares = walk.total(jnp.add, lambda i: jnp.square(centred(i)))
+    variance = row_math.over_row(jnp.sum, squares) * share
     # an infinite variance would make zeros of a row that is anything but
     inverse = jnp.where(variance < jnp.inf, jax.lax.rsqrt(variance + eps), jnp.nan)
 
     def read(i):
-        factor, shift = (walk.load_channels(refs[name], i) for name in ("scale", "shift"))
-        return centred(i) * inverse * (1 + factor) + shift
+        scale, shift = walk.load(refs["scale"], i), walk.load(refs["shift"], i)
+        return centred(i) * inverse * (1 + scale) + shift
 
     return read

@@ -58,7 +58,7 @@ def test_equals_numpy_and_reference(m, k):
     assert_equal(found, REFERENCE(x, 8))
 
 
-@pytest.mark.parametrize(("m", "k", "block_k"), [(3, 129, 64), (130, 1152, 256), (2, 20001, None)])
+@pytest.mark.parametrize(("m", "k", "block_k"), [(3, 129, 8), (20, 1152, 64), (2, 20001, None)])
 def test_two_passes_over_a_row_that_does_not_fit(m, k, block_k):
     x = rows(m, k)
     assert_equal(kernel(x, block_k=block_k), oracle(x))
@@ -92,7 +92,7 @@ def test_zero_and_denormal_rows_have_scale_one():
     assert scale[1] == scale[3] == 1 and not codes[1].any() and not codes[3].any()
 
 
-@pytest.mark.parametrize("block_k", (None, 64), ids=("one pass", "two passes"))
+@pytest.mark.parametrize("block_k", (None, 16), ids=("one pass", "two passes"))
 @pytest.mark.parametrize("column", (0, 149))
 def test_nan_and_inf_make_the_scale_non_finite(column, block_k):
     x = rows(4, 150)
@@ -108,7 +108,7 @@ def random_mask(k, seed=0):
     return (rng.choice([-1, 1], k) * rng.uniform(0.1, 2, k)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("m", "k", "block_k"), [(3, 129, None), (5, 300, 64)])
+@pytest.mark.parametrize(("m", "k", "block_k"), [(3, 129, None), (5, 300, 32)])
 def test_a_mask_multiplies_the_channels(m, k, block_k):
     x, mask = rows(m, k), random_mask(k)
     found = kernel(x, mask=mask, block_k=block_k)
@@ -116,10 +116,10 @@ def test_a_mask_multiplies_the_channels(m, k, block_k):
     assert_equal(found, REFERENCE(x, 8, mask))
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     m=st.sampled_from((1, 2, 5, 33)),
-    k=st.sampled_from((1, 2, 31, 64, 129, 1000)),
+    k=st.sampled_from((1, 2, 31, 64, 129, 300)),
     block_k=st.sampled_from((None, 32)),
     bits=st.integers(2, 8),
     dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
@@ -132,7 +132,7 @@ def test_rows_of_any_shape_equal_the_reference(m, k, block_k, bits, dtype):
 @settings(max_examples=50)
 @given(
     dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
-    block_k=st.sampled_from((None, 32)),
+    block_k=st.sampled_from((None, 4)),
     fill=st.sampled_from((0.0, -0.0, 3.3e38, -1e-45, 2.0**-126, 127 * 2.0**-126)),
     bad=st.sampled_from((np.nan, np.inf, -np.inf)),
     place=st.tuples(st.integers(0, 1), st.integers(0, 68)),
@@ -155,12 +155,11 @@ def rotation_bound(rotation):
     return 2.0**-15 * rotation**0.5
 
 
-@pytest.mark.parametrize("bits", (8, 4))
 @pytest.mark.parametrize(
-    ("m", "k", "rotation", "block_k"),
+    ("m", "k", "rotation", "block_k", "bits"),
     [
-        *((5, 192, 64, None), (5, 384, 128, None), (5, 768, 256, None)),  # k no power of two
-        *((1, 64, 64, None), (3, 1152, 128, None), (3, 1152, 64, 256), (2, 4608, 256, 1024)),
+        *((5, 192, 64, None, 8), (3, 1152, 128, None, 8), (5, 768, 256, None, 4)),
+        *((1, 64, 64, None, 4), (2, 2560, 256, 256, 8)),  # one short row; read more than once
     ],
 )
 def test_rotated_rows_are_met_to_float64(m, k, rotation, block_k, bits):
@@ -190,20 +189,20 @@ def test_any_rotated_row_keeps_the_proven_bound(rotation, row, start):
 
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf, 3.4e38))
 def test_bad_numbers_stay_visible_through_a_rotation(bad):
-    x = rows(3, 1152)
+    x, mask = rows(3, 1152), np.ones(1152, np.float32)
     x[1, 1100] = bad  # 3.4e38 rounds to infinity in bfloat16
-    found = kernel(x, 8, None, 128)
+    found = kernel(x, 8, mask, 128)
     assert np.isfinite(found.scale[:, 0]).tolist() == [True, False, True]
     exact = exactly.rotate(x[::2].astype(float), 128)
     exactly.assert_quantised([part[::2] for part in found], exact, 8, 1e-5)
 
 
 def test_a_rotated_row_of_zeros():
-    x = np.zeros((2, 128), np.float32)
+    x = np.zeros((2, 512), np.float32)
     x[1, 0] = 1
     codes, scale, sums = kernel(x, 8, None, 64)
     assert scale[0] == 1 and not codes[0].any() and sums[0] == 0
-    assert codes[1].tolist() == [127] * 64 + [0] * 64 and sums[1] == 127 * 64
+    assert codes[1].tolist() == [127] * 64 + [0] * 448 and sums[1] == 127 * 64
 
 
 def adaln(b, t, k, dtype, seed=0):
@@ -220,12 +219,12 @@ def in_float64(*arrays):
     return [np.asarray(a).astype(float) for a in arrays]
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize(
-    ("b", "t", "k", "rotation", "block_k"),
+    ("b", "t", "k", "rotation", "block_k", "dtype"),
     [
-        *((1, 1, 64, None, None), (2, 5, 130, None, None), (3, 2, 130, None, 32)),
-        *((2, 5, 1152, 128, None), (2, 3, 1152, 128, 512), (2, 1, 192, 64, None)),
+        *((1, 1, 64, None, None, jnp.float32), (2, 5, 130, None, None, jnp.bfloat16)),
+        *((3, 2, 130, None, 8, jnp.float32), (2, 2, 2560, 128, 256, jnp.float32)),
+        *((2, 5, 1152, 128, None, jnp.bfloat16), (2, 1, 192, 64, None, jnp.float32)),
     ],
 )
 def test_modulated_rows_are_met_to_float64(b, t, k, rotation, block_k, dtype):
@@ -237,10 +236,12 @@ def test_modulated_rows_are_met_to_float64(b, t, k, rotation, block_k, dtype):
     assert exactly.assert_quantised(found, exact, 8, 1e-5) < 2e-3
 
 
-@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize(
-    ("m", "k", "rotation", "block_k"),
-    [(1, 3, None, None), (5, 130, None, None), (5, 130, None, 64), (3, 4608, 128, None)],
+    ("m", "k", "rotation", "block_k", "dtype"),
+    [
+        *((1, 3, None, None, jnp.float32), (5, 130, None, None, jnp.bfloat16)),
+        *((5, 130, None, 8, jnp.float32), (3, 1152, 128, None, jnp.bfloat16)),
+    ],
 )
 def test_gelu_rows_are_met_to_float64(m, k, rotation, block_k, dtype):
     x, mask = 3 * np.random.default_rng(k).standard_normal((m, k)), random_mask(k)
@@ -252,16 +253,15 @@ def test_gelu_rows_are_met_to_float64(m, k, rotation, block_k, dtype):
 
 def test_gelu_keeps_its_digits_far_from_zero():
     """Alone in a row, the scale is the value: 1e-6 of itself, also where 1 + tanh has cancelled."""
-    x = np.linspace(-6, 6, 48, dtype=np.float32)[:, None]
-    exact = exactly.gelu(x.astype(np.longdouble))
+    near, far = np.linspace(-6, 6, 43), [1e13, -1e13, 1e30, -1e30, 0]
+    x = np.array([*near, *far], np.float32)[:, None]
     found = gelu_quantize_rows(jnp.asarray(x), interpret=True)
-    np.testing.assert_allclose(found.codes * found.scale, exact.astype(float), rtol=3e-6)
-    far = np.array([[1e13], [-1e13], [1e30], [-1e30], [0]], np.float32)
-    found = gelu_quantize_rows(jnp.asarray(far), interpret=True)
-    np.testing.assert_allclose(found.codes * found.scale, np.maximum(far, 0), rtol=1e-6)
+    y = np.asarray(found.codes * found.scale)
+    np.testing.assert_allclose(y[:43], exactly.gelu(x[:43].astype(np.longdouble)), rtol=3e-6)
+    np.testing.assert_allclose(y[43:], np.maximum(x[43:], 0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("block_k", (None, 64), ids=("one pass", "more"))
+@pytest.mark.parametrize("block_k", (None, 8), ids=("one pass", "more"))
 def test_bad_numbers_stay_visible_through_the_prologues(block_k):
     x, shift, scale = adaln(1, 4, 150, jnp.float32)
     x = x.at[0, 0, 149].set(np.nan).at[0, 1, 3].set(-np.inf).at[0, 2].mul(1e25)
@@ -278,8 +278,12 @@ def test_bad_numbers_stay_visible_through_the_prologues(block_k):
         (np.zeros((2, 4), np.int32), {}, "x must be bfloat16 or float32, got int32"),
         (np.zeros(4, np.float32), {}, r"shape \(any, any\), got \(4,\)"),
         (np.zeros((2, 4), np.float32), {"bits": 9}, "bits 9"),
-        (np.zeros((2, 4), np.float32), {"block_k": 48}, "power of two from 1 on, got 48"),
-        (np.zeros((2, 64), np.float32), {"rotation": 64, "block_k": 128}, "from 256 on, got 128"),
+        (np.zeros((2, 4), np.float32), {"block_k": 48}, "power of two from 1 to 2048, got 48"),
+        (
+            np.zeros((2, 64), np.float32),
+            {"rotation": 64, "block_k": 128},
+            "from 256 to 2048, got 128",
+        ),
         (np.zeros((2, 64), np.float32), {"rotation": 128}, "128 does not divide k = 64"),
         (np.zeros((2, 4), np.float32), {"mask": np.ones((1, 4), np.float32)}, r"mask .*\(1, 4\)"),
     ],
@@ -311,32 +315,28 @@ def test_an_empty_array_is_refused():
         kernel(np.zeros((0, 4), np.float32))
 
 
-def lowered(lower_for_cuda, k, dtype, m, rotation, masked=True):
+def specs(k, dtype, m, masked=True):
+    """(op, its operands) of each op."""
     spec = jax.ShapeDtypeStruct
-    mask = [spec((k,), jnp.float32)] if masked else []
-    for op in (quantize_rows, gelu_quantize_rows):
-        lower_for_cuda(
-            lambda x, *mask, op=op: op(x, 8, *mask, rotation=rotation), spec((m, k), dtype), *mask
-        )
-
-    def modulate(x, shift, scale, *mask):
-        return modulate_quantize_rows(
-            x, shift, scale, mask=mask[0] if mask else None, rotation=rotation
-        )
-
-    adaln = spec((2, m, k), dtype), spec((2, k), dtype), spec((2, k), dtype)
-    lower_for_cuda(modulate, *adaln, *mask)
+    mask = {"mask": spec((k,), jnp.float32)} if masked else {}
+    x, channels = {"x": spec((m, k), dtype)} | mask, spec((2, k), dtype)
+    yield quantize_rows, x
+    yield gelu_quantize_rows, x
+    adaln = {"x": spec((2, m, k), dtype), "shift": channels, "scale": channels}
+    yield modulate_quantize_rows, adaln | mask
 
 
 @pytest.mark.parametrize("rotation", (None, *reference_rows.ROTATIONS))
 @pytest.mark.parametrize("k", (1152, 3072, 4608, 12288, 15360, 40960))
 def test_lowers_for_cuda(lower_for_cuda, k, rotation):
     if rotation is None or k % rotation == 0:
-        lowered(lower_for_cuda, k, jnp.bfloat16, 4608, rotation)
-        lowered(lower_for_cuda, k, jnp.float32, 1, rotation)
+        for op, operands in specs(k, jnp.bfloat16, 4608):
+            lower_for_cuda(lambda kw, op=op: op(**kw, rotation=rotation), operands)
 
 
-@pytest.mark.parametrize("k", (1, 129, 20001))
-def test_odd_rows_without_a_mask_lower_for_cuda(lower_for_cuda, k):
-    for m in (1, 257):
-        lowered(lower_for_cuda, k, jnp.bfloat16, m, None, masked=False)
+@pytest.mark.parametrize("k", (1, 64, 129, 20001))
+def test_odd_float32_rows_without_a_mask_lower_for_cuda(lower_for_cuda, k):
+    for op, operands in specs(k, jnp.float32, 1, masked=False):
+        lower_for_cuda(lambda kw, op=op: op(**kw), operands)
+        if k % 64 == 0:
+            lower_for_cuda(lambda kw, op=op: op(**kw, rotation=64), operands)

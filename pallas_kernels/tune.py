@@ -49,8 +49,8 @@ class Candidate:
     def room(self) -> tuple:
         """What is left to hide latency with; greater is better.
 
-        Few rows: more blocks, for more SMs to read with. Many: two blocks on an SM; 16 warps; how far
-        the busiest other pipe is from the tensor pipe.
+        Few rows: more blocks, for more SMs to read with. Many: two blocks on an SM; 16 warps; how
+        far the busiest other pipe is from the tensor pipe.
         """
         if self.tile.m <= FEW_ROWS:
             return (-self.tile.n, self.found.warps_per_sm)

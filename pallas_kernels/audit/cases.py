@@ -100,7 +100,11 @@ class Matmul:
         """Operands whose arrays are ShapeDtypeStructs."""
         spec = FORMATS[self.format]
         scales = (n, 1 if self.group is None else -(-k // self.group))
-        codes = (_spec(m, k, dtype=jnp.int8), _spec(m, 1), _spec(m, 1, dtype=jnp.int32))
+        codes: tuple[Any, ...] = (
+            _spec(m, k, dtype=jnp.int8),
+            _spec(m, 1),
+            _spec(m, 1, dtype=jnp.int32),
+        )
         arrays: dict[str, Any] = {
             "x": QuantizedRows(*codes) if self.integer else _spec(m, k, dtype=jnp.bfloat16),
             "w": _spec(n, spec.stored_size(k), dtype=spec.dtype),

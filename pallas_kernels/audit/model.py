@@ -12,9 +12,9 @@ warp instruction a cycle and has its own pipes):
 * fma: float32 arithmetic (32 / `fp32_lanes` cycles) and integer multiply-adds (2).
 * xu: conversions between integer and float, transcendentals: 4 lanes, 8 cycles.
 * shared: the SRAM that is L1 and shared memory moves 128 bytes a cycle for the whole SM, 32 for a
-  sub-partition when all four are at work. Counted are the bytes of LDS, LDSM, STS, LDGSTS, LDG and
-  STG of a full warp; an access of less than 128 bytes takes the whole cycle. Bank conflicts are not
-  counted.
+  sub-partition when all four are at work. Counted are the bytes of LDS, LDSM, STS, LDGSTS, LDG,
+  STG, SHFL and of spills, for a full warp; what moves less than 128 bytes takes the whole cycle.
+  Bank conflicts are not counted.
 
 The loop is what is modelled: what a block does once, before and after it, is left out.
 
@@ -92,7 +92,13 @@ def _macs_rate(instruction: sass.Instruction, target: Target) -> int:
 
 def _wavefronts(instruction: sass.Instruction) -> float:
     """Cycles of the SM's 128-byte-wide SRAM port."""
-    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, *sass.OTHER_MOVES}
+    memory = {
+        *sass.SHARED_READS,
+        *sass.SHARED_WRITES,
+        *sass.GLOBAL_READS,
+        *sass.OTHER_MOVES,
+        "SHFL",
+    }
     if instruction.never or instruction.root not in memory:
         return 0
     return max(1, 32 * instruction.lane_bytes / SHARED_BYTES_PER_CYCLE)

@@ -18,21 +18,27 @@ _INSTRUCTION = re.compile(
 _LABEL = re.compile(r"^(\.L[\w.]*):", re.MULTILINE)
 _FUNCTION = re.compile(r"^\.text\.(\S+):\s*$", re.MULTILINE)
 _TARGET = re.compile(r"`\((\.L[\w.]*)\)")
-_IMMA = re.compile(r"\.(\d{4,6})\.")
+_IMMA = re.compile(r"\.(\d{3,6})\.")
 _GMMA = re.compile(r"\.(\d+)x(\d+)x(\d+)\.")
 
 MMA_ROOTS = ("IMMA", "HMMA", "IGMMA", "HGMMA", "QGMMA", "QMMA", "BMMA", "DMMA")
 
-# Pipes by opcode root. What is in no list only takes an issue slot (branches, barriers, S2R, the
-# uniform datapath). XU: conversions between integer and float, transcendentals, bit scans.
+# Pipes by opcode root. XU: conversions between integer and float, transcendentals, bit scans. What
+# moves data or waits takes an issue slot and no arithmetic pipe; so does the uniform datapath, U...
+# An opcode in no list counts as ALU: a new one is not free.
 _XU = "MUFU I2F F2I F2F FRND POPC FLO BREV I2FP64".split()
 _FMA_FLOAT = "FFMA FADD FMUL FFMA32I FADD32I FMUL32I FSWZADD".split()
 _FMA_INTEGER = "IMAD IMUL IDP IDP4A IMAD32I".split()
 _HALF = "HADD2 HMUL2 HFMA2 HADD2_32I HMUL2_32I HFMA2_32I HMNMX2 HSET2 HSETP2".split()
 _ALU = (
     "LOP LOP3 LOP32I PLOP3 PRMT SHF SHL SHR IADD IADD3 IADD32I ISETP ISET SEL IMNMX VIMNMX IABS"
-    " LEA SGXT BMSK VABSDIFF VABSDIFF4 I2I I2IP I2FP F2FP F2IP FMNMX FSEL FSET FSETP FCHK MOV"
-    " MOV32I P2R R2P CS2R VOTE"
+    " LEA SGXT BMSK VABSDIFF VABSDIFF4 VIADD VIADDMNMX I2I I2IP I2FP F2FP F2IP FMNMX FSEL FSET"
+    " FSETP FCHK MOV MOV32I P2R R2P CS2R VOTE"
+).split()
+_NO_PIPE = (
+    "BRA BRX JMP JMX EXIT RET CALL BSSY BSYNC BREAK BMOV WARPSYNC NOP BAR DEPBAR LDGDEPBAR LDG LDS"
+    " LDSM LDGSTS STS STSM STG LD ST LDL STL LDC S2R S2UR R2UR MEMBAR FENCE ERRBAR CCTL YIELD"
+    " NANOSLEEP WARPGROUP ARRIVES SHFL REDUX ATOM ATOMG ATOMS RED MATCH ELECT SYNCS DEPBAR KILL"
 ).split()
 _ALU_FLOAT = "FMNMX FSEL FSET FSETP FCHK F2FP".split()
 _NOT_INTEGER = {*_ALU_FLOAT, "MOV", "MOV32I", "CS2R", "VOTE"}
@@ -43,6 +49,7 @@ _PIPES = {
     **dict.fromkeys(_HALF, "half"),
     **dict.fromkeys(_ALU, "alu"),
     **dict.fromkeys(MMA_ROOTS, "tensor"),
+    **dict.fromkeys(_NO_PIPE, ""),
 }
 SHARED_READS, SHARED_WRITES = ("LDS", "LDSM"), ("STS", "STSM", "LDGSTS")
 GLOBAL_READS = ("LDG", "LDGSTS", "LD")
@@ -71,7 +78,9 @@ class Instruction:
     @property
     def pipe(self) -> str:
         """tensor, alu, fma_float, fma_integer, half, xu, or "" for those that only issue."""
-        return "" if self.never else _PIPES.get(self.root, "")
+        if self.never or (self.root.startswith("U") and self.root not in _PIPES):
+            return ""
+        return _PIPES.get(self.root, "alu")
 
     @property
     def integer(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux, latte_t2v, pixart
+from convert import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -41,12 +41,27 @@ class Source:
 
 
 # In this order: the first whose marker a checkpoint has. The video networks have all that marks a
-# PixArt, and more.
+# DiT or a PixArt, and more.
 SOURCES = {
     "flux": Source(
         layouts=flux.LAYOUTS,
         read_config=flux.read_config,
         exports={"diffusers": flux.to_diffusers_config},
+    ),
+    "latte": Source(
+        layouts=latte.LAYOUTS,
+        read_config=latte.read_config,
+        exports={latte.ORIGINAL.name: latte.to_config},
+    ),
+    "stdit": Source(
+        layouts=stdit.LAYOUTS,
+        read_config=stdit.read_config,
+        exports={stdit.ORIGINAL.name: stdit.to_config},
+    ),
+    "stdit3": Source(
+        layouts=stdit3.LAYOUTS,
+        read_config=stdit3.read_config,
+        exports={stdit3.ORIGINAL.name: stdit3.to_config},
     ),
     "dit": Source(
         layouts=dit.LAYOUTS,

@@ -40,18 +40,34 @@ class Source:
         return next(layout for layout in self.layouts if layout.name == name)
 
 
-# In this order: the first whose marker a checkpoint has. The video networks have all that marks a
-# DiT or a PixArt, and more.
 SOURCES = {
     "flux": Source(
         layouts=flux.LAYOUTS,
         read_config=flux.read_config,
         exports={"diffusers": flux.to_diffusers_config},
     ),
+    "dit": Source(
+        layouts=dit.LAYOUTS,
+        read_config=dit.read_config,
+        exports={"diffusers": dit.to_diffusers_config, "original": dit.to_original_config},
+    ),
+    "pixart": Source(
+        layouts=pixart.LAYOUTS,
+        read_config=pixart.read_config,
+        exports={
+            "diffusers": pixart.to_diffusers_config,
+            "original": pixart.to_original_config,
+        },
+    ),
     "latte": Source(
         layouts=latte.LAYOUTS,
         read_config=latte.read_config,
         exports={latte.ORIGINAL.name: latte.to_config},
+    ),
+    "latte-t2v": Source(
+        layouts=latte_t2v.LAYOUTS,
+        read_config=latte_t2v.read_config,
+        exports={"diffusers": latte_t2v.to_diffusers_config},
     ),
     "stdit": Source(
         layouts=stdit.LAYOUTS,
@@ -62,24 +78,6 @@ SOURCES = {
         layouts=stdit3.LAYOUTS,
         read_config=stdit3.read_config,
         exports={stdit3.ORIGINAL.name: stdit3.to_config},
-    ),
-    "dit": Source(
-        layouts=dit.LAYOUTS,
-        read_config=dit.read_config,
-        exports={"diffusers": dit.to_diffusers_config, "original": dit.to_original_config},
-    ),
-    "latte-t2v": Source(
-        layouts=latte_t2v.LAYOUTS,
-        read_config=latte_t2v.read_config,
-        exports={"diffusers": latte_t2v.to_diffusers_config},
-    ),
-    "pixart": Source(
-        layouts=pixart.LAYOUTS,
-        read_config=pixart.read_config,
-        exports={
-            "diffusers": pixart.to_diffusers_config,
-            "original": pixart.to_original_config,
-        },
     ),
 }
 

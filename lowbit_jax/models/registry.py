@@ -40,26 +40,25 @@ NETWORKS = {
         title="FLUX.1 dev, schnell",
         samplers=("flow-euler",),
     ),
-    "latte": Network(
-        config=latte.LatteConfig,
-        module=latte.LatteTransformer,
-        abstract_params=latte.abstract_params,
-    ),
-    "stdit": Network(
-        config=stdit.STDiTConfig,
-        module=stdit.STDiTTransformer,
-        abstract_params=stdit.abstract_params,
-    ),
-    "stdit3": Network(
-        config=stdit3.STDiT3Config,
-        module=stdit3.STDiT3Transformer,
-        abstract_params=stdit3.abstract_params,
-    ),
     "dit": Network(
         config=dit.DiTConfig,
         module=dit.DiTTransformer,
         abstract_params=dit.abstract_params,
         title="DiT",
+        samplers=("ddpm", "ddim"),
+    ),
+    "pixart": Network(
+        config=pixart.PixArtConfig,
+        module=pixart.PixArtTransformer,
+        abstract_params=pixart.abstract_params,
+        title="PixArt-alpha, PixArt-Sigma",
+        samplers=("dpm-solver++",),
+    ),
+    "latte": Network(
+        config=latte.LatteConfig,
+        module=latte.LatteTransformer,
+        abstract_params=latte.abstract_params,
+        title="Latte",
         samplers=("ddpm", "ddim"),
     ),
     "latte-t2v": Network(
@@ -69,12 +68,19 @@ NETWORKS = {
         title="Latte-1",
         samplers=("ddim",),
     ),
-    "pixart": Network(
-        config=pixart.PixArtConfig,
-        module=pixart.PixArtTransformer,
-        abstract_params=pixart.abstract_params,
-        title="PixArt-alpha, PixArt-Sigma",
-        samplers=("dpm-solver++",),
+    "stdit": Network(
+        config=stdit.STDiTConfig,
+        module=stdit.STDiTTransformer,
+        abstract_params=stdit.abstract_params,
+        title="STDiT (Open-Sora 1.0)",
+        samplers=("ddpm",),
+    ),
+    "stdit3": Network(
+        config=stdit3.STDiT3Config,
+        module=stdit3.STDiT3Transformer,
+        abstract_params=stdit3.abstract_params,
+        title="STDiT3 (Open-Sora 1.2)",
+        samplers=("rectified-flow",),
     ),
 }
 

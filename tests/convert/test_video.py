@@ -17,6 +17,7 @@ from convert.checkpoint_files import open_checkpoint
 from convert.errors import CheckpointError
 from convert.export import export_diffusers
 from convert.job import plan
+from convert.registry import SOURCES
 from lowbit_jax.checkpoint import load
 from lowbit_jax.models.latte import LATTE_XL_2_UCF101
 from lowbit_jax.models.registry import build
@@ -24,7 +25,15 @@ from lowbit_jax.models.stdit import STDIT_XL_2_16X256, STDIT_XL_2_16X512, STDIT_
 from lowbit_jax.models.stdit3 import STDIT3_3B_2, STDIT3_XL_2
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.transform import quantize
-from tests.references import latte_files, stdit3_files, stdit_files
+from tests.references import (
+    dit_files,
+    flux_files,
+    latte_files,
+    latte_t2v_files,
+    pixart_files,
+    stdit3_files,
+    stdit_files,
+)
 from tests.references.conversion import (
     assert_recipes,
     assert_same,
@@ -136,6 +145,26 @@ def test_the_table_names_the_published_tensors_with_their_shapes(model, case):
         constants = {c.source: np.shape(c.value(config)) for c in case.layout.constants}
         assert found | constants == case.files.original_shapes(config)
         assert set(constants) == set(case.tables(case.tiny))
+
+
+def test_no_checkpoint_is_taken_for_another():
+    """Each is one of them only, whatever the order they are tried in."""
+    names = {
+        ("flux", "diffusers"): flux_files.diffusers_shapes(flux_files.TINY),
+        ("flux", "Black Forest Labs"): flux_files.bfl_shapes(flux_files.TINY),
+        ("dit", "diffusers"): dit_files.diffusers_shapes(dit_files.TINY),
+        ("pixart", "diffusers"): pixart_files.diffusers_shapes(pixart_files.TINY),
+        ("pixart", "original"): pixart_files.original_shapes(pixart_files.TINY_ORIGINAL),
+        ("latte-t2v", "diffusers"): latte_t2v_files.diffusers_shapes(latte_t2v_files.TINY),
+    } | {(m, case.layout.name): case.files.original_shapes(case.tiny) for m, case in CASES.items()}
+    for expected, tensors in names.items():
+        found = [
+            (model, layout.name)
+            for model, source in SOURCES.items()
+            for layout in source.layouts
+            if layout.matches(tensors)
+        ]
+        assert found == [expected]
 
 
 def test_published_sizes_are_read_from_shapes_and_tables_alone(case):

@@ -42,7 +42,8 @@ class PixArtConfig:
     Attributes:
         sample_size: rows and columns of the latent picture that positions are scaled to; pictures
             of other sizes, square or not, span the same positions.
-        interpolation: positions are divided by this: pixels of a side / 512 in the published ones.
+        interpolation: positions are divided by this: pixels of a side / 512 in the published ones
+            (but 1 in alpha's of 256 pixels).
         patch_size: rows and columns of a patch, one token each.
         in_channels: c, latent channels.
         hidden_size: k, a multiple of 4 (position table) and of `num_heads`.

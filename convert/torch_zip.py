@@ -105,7 +105,8 @@ class _Zip:
         starts = [member.header for member in members]
         if starts[:1] != [0]:
             _fail(self.path, "zip: no member begins at byte 0: bytes were added in front")
-        found, root = dict[str, Member](), ""
+        found: dict[str, Member] = {}
+        root = ""
         for member, stop in zip(members, [*starts[1:], begin], strict=True):
             member = self._locate(member, stop)
             folder, _, name = member.name.partition("/")
@@ -267,7 +268,7 @@ def _is_descriptor(raw: bytes, true: tuple[int, int, int]) -> bool:
 
 
 def _plain(part: str) -> bool:
-    return part not in ("", ".", "..") and not set(part) & set("\\:\0") and part.isprintable()
+    return part not in ("", ".", "..") and not set(part) & set("\\\0") and part.isprintable()
 
 
 def _listed(names: Iterable[str]) -> str:

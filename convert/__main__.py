@@ -31,6 +31,9 @@ class Arguments:
     checkpoint: tyro.conf.Positional[Path]
     """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder."""
     recipe: Annotated[str, tyro.conf.arg(help=f"{', '.join(RECIPES)}, or a JSON file.")]
+    keep: str | None = None
+    """Layers to keep in floating point, against the recipe: a regular expression for their paths,
+    such as '.*/cross_attn/kv_linear'."""
     out: Path | None = None
     """Folder to write; needed unless --dry-run."""
     model: str = "auto"
@@ -70,6 +73,8 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise ValueError("give --out DIR, or --dry-run for the plan alone")
     recipe = load_recipe(arguments.recipe)
+    if arguments.keep is not None:
+        recipe = recipe.keeping(arguments.keep)
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:

@@ -6,6 +6,7 @@ Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +17,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
 from lowbit_jax import ops
+from lowbit_jax.ops import over_tokens
+from pallas_kernels import api
+from pallas_kernels.rows import QuantizedRows
 
 Dtype = Any
 
@@ -40,12 +44,26 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        """Apply the layer; raises ValueError with both shapes if the stored kernel does not fit."""
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """`residual + gate * (before(x) @ kernel + bias)`; what is None is left out.
+
+        Said here, and not around the layer, so that a quantised product can do it in one kernel.
+
+        Raises:
+            ValueError: the stored kernel does not fit, with both shapes.
+        """
         k, n = x.shape[-1], self.features
         kernel = self._leaf("kernel", nn.initializers.lecun_normal(), (k, n))
         bias = self._leaf("bias", nn.initializers.zeros, (n,)) if self.use_bias else None
-        return ops.linear(x.astype(self.dtype), kernel, bias)
+        x = x.astype(self.dtype)
+        return ops.linear(x, kernel, bias, before=before, gate=gate, residual=residual)
 
     def _leaf(self, name: str, init: Callable, shape: tuple[int, ...]):
         """A parameter that may hold a QTensor (`self.param` alone rejects packed leaves)."""
@@ -95,15 +113,6 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
-    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
-
-    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
-    """
-    ones = (1,) * (x.ndim - vectors.ndim)
-    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
-
-
 def modulate(
     x: Float[Array, "b ... t k"],
     shift: Float[Array, "b ... k"],
@@ -112,9 +121,50 @@ def modulate(
 ) -> Float[Array, "b ... t k"]:
     """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2).
 
-    `shift` and `scale` are vectors per sample or per frame, see `over_tokens`.
+    `shift` and `scale` are vectors per sample or per frame, see `ops.over_tokens`.
     """
     return layer_norm(x, eps) * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaLN:
+    """`modulate` before a product: `Linear(...)(x, before=AdaLN(shift, scale))`.
+
+    Attributes:
+        shift: added, one vector per sample or per frame.
+        scale: multiplied, as 1 + scale.
+        eps: of the norm.
+    """
+
+    shift: Float[Array, "b ... k"]
+    scale: Float[Array, "b ... k"]
+    eps: float = field(default=1e-6, metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "b ... t k"]) -> Float[Array, "b ... t k"]:
+        """In floating point."""
+        return modulate(x, self.shift, self.scale, self.eps)
+
+    def quantize_rows(self, x: Float[Array, "b ... t k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        shift, scale = (vectors.reshape(-1, x.shape[-1]) for vectors in (self.shift, self.scale))
+        tokens = x.reshape(len(shift), -1, x.shape[-1])
+        rows = api.modulate_quantize_rows(tokens, shift, scale, bits, eps=self.eps)
+        return QuantizedRows(*(part.reshape(*x.shape[:-1], -1) for part in rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gelu:
+    """`gelu_tanh` before a product: `Linear(...)(hidden, before=Gelu())`."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """In floating point."""
+        return gelu_tanh(x)
+
+    def quantize_rows(self, x: Float[Array, "... k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        return api.gelu_quantize_rows(x, bits)
 
 
 def timestep_embedding(
@@ -233,18 +283,27 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*b t k"], angles: Float[Array, "t d2"] | None = None
+        self,
+        x: Float[Array, "*b t k"],
+        angles: Float[Array, "t d2"] | None = None,
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b k"] | None = None,
+        residual: Float[Array, "*b t k"] | None = None,
     ) -> Float[Array, "*b t k"]:
-        """Attend over the tokens t, at rotary `angles`; all axes before them are batch."""
+        """Attend over the tokens t, at rotary `angles`; all axes before them are batch.
+
+        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
+        """
         width = x.shape[-1]
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
         q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
         if self.qk_norm:
             q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
         if angles is not None:
             q, k = apply_rotary(q, angles), apply_rotary(k, angles)
         out = attention(q, k, v).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
+        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=residual)
 
 
 class CrossAttention(nn.Module):
@@ -255,15 +314,20 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t k"], context: Float[Array, "b s c"], mask: Bool[Array, "b s"]
+        self,
+        x: Float[Array, "b t k"],
+        context: Float[Array, "b s c"],
+        mask: Bool[Array, "b s"],
+        *,
+        residual: Float[Array, "b t k"] | None = None,
     ) -> Float[Array, "b t k"]:
-        """Attend to the context's tokens that `mask` allows."""
+        """Attend to the context's tokens that `mask` allows; `residual` is added to the result."""
         b, t, width = x.shape
         q = Linear(width, dtype=self.dtype, name="q_linear")(x).reshape(b, t, self.heads, -1)
         kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")(context)
         k, v = jnp.moveaxis(kv.reshape(b, -1, 2, *q.shape[2:]), 2, 0)
         out = attention(q, k, v, mask).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
+        return Linear(width, dtype=self.dtype, name="proj")(out, residual=residual)
 
 
 class MLP(nn.Module):
@@ -274,10 +338,21 @@ class MLP(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        """Apply to every token."""
-        hidden = gelu_tanh(Linear(self.hidden, dtype=self.dtype, name="fc1")(x))
-        return Linear(self.features, dtype=self.dtype, name="fc2")(hidden)
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b ... n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """Apply to every token.
+
+        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
+        """
+        hidden = Linear(self.hidden, dtype=self.dtype, name="fc1")(x, before=before)
+        out = Linear(self.features, dtype=self.dtype, name="fc2")
+        return out(hidden, before=Gelu(), gate=gate, residual=residual)
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -13,24 +13,19 @@ import numpy as np
 from jaxtyping import Float64, Int32
 
 from lowbit_jax.samplers.loop import Steps
-from lowbit_jax.samplers.schedule import FIXED, IDLE, DiffusionSchedule
+from lowbit_jax.samplers.schedule import FIXED, IDLE, ClippedSchedule
 from lowbit_jax.samplers.settings import read_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIMSchedule(DiffusionSchedule):
-    """A diffusion sampled by DDIM.
+class DDIMSchedule(ClippedSchedule):
+    """A diffusion sampled by DDIM; as in diffusers, the noise stays that of the unclipped data.
 
     Attributes:
         set_alpha_to_one: the last step goes to pure data; otherwise to the first training step.
-        clip_sample: clip the predicted data; for models of pixels. As in diffusers, the predicted
-            noise stays that of the unclipped data.
-        clip_sample_range: its largest magnitude then.
     """
 
     set_alpha_to_one: bool = True
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
 
     @staticmethod
     def from_json(config: Mapping[str, Any]) -> DDIMSchedule:
@@ -85,7 +80,7 @@ class DDIMSchedule(DiffusionSchedule):
             data_x=predict.data_x,
             data_out=predict.data_out,
             std=std if eta else None,
-            clip=self.clip_sample_range if self.clip_sample else None,
+            clip=self.clip,
         )
 
 

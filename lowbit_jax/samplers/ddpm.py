@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lowbit_jax.samplers.loop import Steps
-from lowbit_jax.samplers.schedule import FIXED, IDLE, DiffusionSchedule
+from lowbit_jax.samplers.schedule import FIXED, IDLE, ClippedSchedule
 from lowbit_jax.samplers.settings import read_settings, require
 
 # diffusers' "fixed_large_log" takes the root of a logarithm, so that it is left out
@@ -23,7 +23,7 @@ LEAST_VARIANCE = 1e-20  # diffusers' clamp, before a logarithm
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPMSchedule(DiffusionSchedule):
+class DDPMSchedule(ClippedSchedule):
     """A diffusion sampled by its posterior.
 
     Attributes:
@@ -31,13 +31,9 @@ class DDPMSchedule(DiffusionSchedule):
             same), "fixed_large" (beta), "learned_range" (the model's second half of channels, -1 to
             1, interpolates between the logarithms of the two; IDDPM eq. 15) or "learned" (that half
             is the variance itself).
-        clip_sample: clip the predicted data; for models of pixels.
-        clip_sample_range: its largest magnitude then.
     """
 
     variance_type: str = "fixed_small"
-    clip_sample: bool = True
-    clip_sample_range: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,7 +83,7 @@ class DDPMSchedule(DiffusionSchedule):
             std=np.sqrt(variance.get(self.variance_type, small)) * noisy,
             log_std_range=ratio if self.variance_type == "learned_range" else None,
             learned_variance=self.variance_type == "learned",
-            clip=self.clip_sample_range if self.clip_sample else None,
+            clip=self.clip,
         )
 
 

@@ -7,6 +7,7 @@ the compiled loop (`lowbit_jax.samplers.loop`), as float32.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -134,7 +135,9 @@ class DiffusionSchedule:
 
         Raises:
             ValueError: fewer than one, or more than the process has.
+            TypeError: not a whole number.
         """
+        steps = operator.index(steps)
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps is {steps}; the process has 1 to {self.num_train_timesteps}")
 
@@ -159,6 +162,29 @@ class DiffusionSchedule:
         if not inside or not (np.diff(found) < 0).all():
             raise ValueError(f"timesteps {found.tolist()} do not descend inside 0..{last}")
         return found.astype(np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedSchedule(DiffusionSchedule):
+    """A diffusion whose predicted data may be clipped, for models of pixels.
+
+    Attributes:
+        clip_sample: whether.
+        clip_sample_range: largest magnitude then.
+    """
+
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range is {self.clip_sample_range}, not above 0")
+
+    @property
+    def clip(self) -> float | None:
+        """Largest magnitude of the predicted data; None where it is not clipped."""
+        return self.clip_sample_range if self.clip_sample else None
 
 
 def space_timesteps(total: int, sections: str) -> Int32[np.ndarray, "n"]:

@@ -8,6 +8,9 @@ from typing import Any, TypeVar
 
 Schedule = TypeVar("Schedule")
 
+# type of a field's default -> what JSON may give for it; exactly, as True is no number
+JSON_TYPES = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+
 
 def read_settings(
     schedule: type[Schedule],
@@ -27,19 +30,25 @@ def read_settings(
         idle: settings without effect while those of `fixed` have their values.
 
     Raises:
-        ValueError: another scheduler, an unknown setting or one that is not ported; names all.
+        ValueError: another scheduler, an unknown setting, one that is not ported or one of another
+            type; names all.
     """
-    kind = config.get("_class_name", scheduler)
-    if kind != scheduler:
-        raise ValueError(f"scheduler {kind!r} is not {scheduler}")
-    known = {field.name for field in fields(schedule)}  # type: ignore[arg-type]
+    found = config.get("_class_name", scheduler)
+    if found != scheduler:
+        raise ValueError(f"scheduler {found!r} is not {scheduler}")
+    known = {field.name: type(field.default) for field in fields(schedule)}  # type: ignore[arg-type]
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     problems = [
         f"{name} is {given[name]!r}, only {value!r} is ported"
         for name, value in fixed.items()
         if given.get(name, value) != value
     ]
-    unknown = sorted(set(given) - known - set(fixed) - set(idle))
+    problems += [
+        f"{name} is {given[name]!r}, not {kind.__name__}"
+        for name, kind in known.items()
+        if name in given and type(given[name]) not in JSON_TYPES.get(kind, (type(given[name]),))
+    ]
+    unknown = sorted(set(given) - set(known) - set(fixed) - set(idle))
     problems += [f"unknown setting {name!r}" for name in unknown]
     if problems:
         raise ValueError(f"{scheduler}: {'; '.join(problems)}")

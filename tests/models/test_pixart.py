@@ -15,16 +15,11 @@ from lowbit_jax.models.pixart import (
     PixArtTransformer,
     abstract_params,
 )
-from tests.references.pixart_files import TINY, original_shapes
+from tests.references.pixart_files import PUBLISHED_ORIGINALS, TINY, TINY_ORIGINAL, original_shapes
 
 
 def tiny(**changes):
     return dataclasses.replace(TINY, **changes)
-
-
-# Layers 1 and 2 compress, so that there are two segments; what the original stores and diffusers
-# does not.
-COMPRESSED = tiny(micro_conditions=False, null_caption_length=5, compressed_layers=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +78,7 @@ def test_float32_output_equals_diffusers(reference, changes, grid):
     ],
 )
 def test_float32_output_equals_the_original_network(reference, changes, grid):
-    config = dataclasses.replace(COMPRESSED, **changes)
+    config = dataclasses.replace(TINY_ORIGINAL, **changes)
     state = reference.random_original(original_shapes(config))
     inputs = reference.pixart_inputs(config, grid=grid)
     expected = reference.run_original(state, config, inputs)
@@ -123,7 +118,7 @@ def test_full_width_compressed_block_equals_the_original_network(reference):
     assert relative_error(out, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("config", [TINY, COMPRESSED], ids=["micro", "compressed"])
+@pytest.mark.parametrize("config", [TINY, TINY_ORIGINAL], ids=["micro", "compressed"])
 def test_bfloat16_is_near_float32(reference, config):
     """8 bits, and the roundings of 3 blocks: about 1 %."""
     params = random_params(config, jnp.bfloat16)
@@ -220,7 +215,7 @@ MICRO = {"resolution": np.ones((2, 2)), "aspect_ratio": np.ones(2)}
         (TINY, {"aspect_ratio": None}, r"\(2, 2\) and None; this PixArt needs \(2, 2\) and \(2,\)"),
         (TINY, {"resolution": np.ones(2)}, r"shapes \(2,\) and \(2,\); .* needs \(2, 2\)"),
         (tiny(micro_conditions=False), MICRO, "this PixArt needs None and None"),
-        (COMPRESSED, {"x": np.zeros((2, 3, 2, 8))}, r"\(1, 4\) patches has no cell of 2"),
+        (TINY_ORIGINAL, {"x": np.zeros((2, 3, 2, 8))}, r"\(1, 4\) patches has no cell of 2"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(config, changes, message):
@@ -280,16 +275,18 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_remat_recomputes_the_blocks():
     def recomputed(remat):
-        model = PixArtTransformer(COMPRESSED, remat=remat)
-        params = {"params": abstract_params(COMPRESSED, jnp.float32)}
-        return str(jax.make_jaxpr(model.apply)(params, **example(COMPRESSED))).count("prevent_cse")
+        model = PixArtTransformer(TINY_ORIGINAL, remat=remat)
+        params = {"params": abstract_params(TINY_ORIGINAL, jnp.float32)}
+        return str(jax.make_jaxpr(model.apply)(params, **example(TINY_ORIGINAL))).count(
+            "prevent_cse"
+        )
 
     assert (recomputed(False), recomputed(True)) == (0, 2)  # of two segments
 
 
 def test_the_published_models_trace_to_the_shape_of_noise_and_variance():
     shape = jax.ShapeDtypeStruct
-    compressed = dataclasses.replace(PIXART_SIGMA_1024_MS, compressed_layers=tuple(range(14, 28)))
+    compressed = PUBLISHED_ORIGINALS["sigma-1024-compressed"]
     for config in (PIXART_ALPHA_512, PIXART_ALPHA_1024_MS, PIXART_SIGMA_2K_MS, compressed):
         inputs = [
             shape((2, 4, 64, 96), jnp.float32),

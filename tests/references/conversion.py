@@ -84,8 +84,20 @@ def linears(model, config):
     return found
 
 
+# named recipe -> (format of the weights, bits of the activations)
+TREATMENT = {
+    "float": None,
+    "w8a8": ("int8", 8),
+    "w4a8": ("int4", 8),
+    "w8a16": ("int8", None),
+    "w4a16": ("int4", None),
+    "flux-1.58bit": ("ternary", None),
+    "flux-1.58bit-a8": ("ternary", 8),
+}
+
+
 def assert_recipes(model, config, in_blocks, outside):
-    """Every linear of a network by name, and what w8a8 and w4a8 do to it.
+    """Every linear of a network by name, and what each recipe does to it.
 
     Args:
         model: name of the network.
@@ -99,8 +111,8 @@ def assert_recipes(model, config, in_blocks, outside):
     }
     found = linears(model, config)
     assert found == quantised | outside
-    for name, weights in (("w8a8", "int8"), ("w4a8", "int4")):
-        rules = RECIPES[name].assign(list(found))
-        assert {layer for layer, rule in rules.items() if rule} == set(quantised)
-        assert {rule.weights.format for rule in rules.values() if rule} == {weights}
-        assert {rule.act_bits for rule in rules.values() if rule} == {8}
+    for name, recipe in RECIPES.items():
+        rules = {layer: rule for layer, rule in recipe.assign(list(found)).items() if rule}
+        assert set(rules) == (set(quantised) if TREATMENT[name] else set())
+        treatments = {(rule.weights.format, rule.act_bits) for rule in rules.values()}
+        assert treatments == ({TREATMENT[name]} if TREATMENT[name] else set())

@@ -3,13 +3,17 @@
 Shares nothing with the tables of `convert`. Needs no torch.
 """
 
-import json
+import dataclasses
 
-import ml_dtypes
+import numpy as np
 
-from convert.safetensors import write_sharded
-from lowbit_jax.models.pixart import PixArtConfig
-from tests.references.flux_files import random_tensors
+from lowbit_jax.models.pixart import (
+    PIXART_ALPHA_512,
+    PIXART_ALPHA_1024_MS,
+    PIXART_SIGMA_1024_MS,
+    PixArtConfig,
+)
+from tests.references.conversion import write_checkpoint
 
 # Small, every layer there more than once, no two sizes equal that could be mistaken.
 TINY = PixArtConfig(
@@ -21,6 +25,23 @@ TINY = PixArtConfig(
     num_heads=2,
     caption_channels=20,
     micro_conditions=True,
+)
+# What the original layout stores and diffusers' does not: a null caption, compressed layers (two
+# segments).
+TINY_ORIGINAL = dataclasses.replace(
+    TINY, micro_conditions=False, null_caption_length=5, compressed_layers=(1, 2)
+)
+PUBLISHED = {
+    "alpha-512": PIXART_ALPHA_512,
+    "alpha-1024": PIXART_ALPHA_1024_MS,
+    "sigma-1024": PIXART_SIGMA_1024_MS,
+}
+PUBLISHED_ORIGINALS = {
+    name: dataclasses.replace(config, null_caption_length=300 if "sigma" in name else 120)
+    for name, config in PUBLISHED.items()
+}
+PUBLISHED_ORIGINALS["sigma-1024-compressed"] = dataclasses.replace(
+    PUBLISHED_ORIGINALS["sigma-1024"], compressed_layers=tuple(range(14, 28))
 )
 
 
@@ -129,15 +150,27 @@ def diffusers_config(config):
     }
 
 
-def write_diffusers(
-    folder, config=TINY, *, max_shard_bytes=10**9, dtype=ml_dtypes.bfloat16, **changes
-):
-    """Write a random diffusers checkpoint and return its folder.
+def write_diffusers(folder, config=TINY, **changes):
+    """Write a random diffusers checkpoint and return its folder; see `write_checkpoint`."""
+    return write_checkpoint(folder, diffusers_shapes(config), diffusers_config(config), **changes)
 
-    `changes` replace tensors ({name: array}); None leaves one out.
-    """
-    tensors = random_tensors(diffusers_shapes(config), dtype) | changes
-    tensors = {name: value for name, value in tensors.items() if value is not None}
-    write_sharded(folder, tensors, max_shard_bytes)
-    (folder / "config.json").write_text(json.dumps(diffusers_config(config)))
-    return folder
+
+def write_original(folder, config=TINY, stated=None, **changes):
+    """Write a random original checkpoint and return its folder; heads are in its `config.json`."""
+    stated = {"num_attention_heads": config.num_heads} if stated is None else stated
+    table = position_table(config)[None]
+    return write_checkpoint(
+        folder, original_shapes(config), stated, **({"pos_embed": table} | changes)
+    )
+
+
+def position_table(config):
+    """The published table, row by row, one position after the other; float32."""
+    n, quarter = config.sample_size // config.patch_size, config.hidden_size // 4
+    omega = 1 / 10000 ** (np.arange(quarter) / quarter)
+    rows = []
+    for y in range(n):
+        for x in range(n):
+            across, down = x / config.interpolation * omega, y / config.interpolation * omega
+            rows.append([np.sin(across), np.cos(across), np.sin(down), np.cos(down)])
+    return np.array(rows, np.float32).reshape(n * n, -1)

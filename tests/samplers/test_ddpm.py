@@ -7,7 +7,7 @@ import pytest
 
 from lowbit_jax.samplers.ddpm import DIT_SCHEDULE, DDPMSchedule
 from lowbit_jax.samplers.schedule import DiffusionSchedule, space_timesteps
-from tests.references.samplers import diffusers_trajectory, generator_noise
+from tests.references.samplers import diffusers_trajectory, dit_trajectory, generator_noise
 from tests.samplers.trajectories import (
     SHAPE,
     assert_equal_steps,
@@ -55,35 +55,6 @@ def test_every_step_equals_diffusers(settings, steps):
     assert_equal_steps(found, expected)
 
 
-def published_trajectory(timesteps, variance, clip, start, step_noise):
-    """DiT's `p_sample_loop` in float64 from its formulas: a process of respaced betas."""
-    betas = np.linspace(0.0001, 0.02, 1000)
-    kept = np.cumprod(1 - betas)[timesteps[::-1]]
-    betas = 1 - kept / np.append(1.0, kept[:-1])
-    bar = np.cumprod(1 - betas)
-    bar_before = np.append(1.0, bar[:-1])
-    posterior = betas * (1 - bar_before) / (1 - bar)
-    clipped = np.append(posterior[1], posterior[1:])  # the first is zero, and has no logarithm
-    x, found = start.astype(np.float64), []
-    for i in range(len(betas))[::-1]:
-        t = np.full(len(x), float(timesteps[::-1][i]))
-        out = denoise_numpy(x, t, variance="range")
-        eps, values = out[:, : x.shape[1]], out[:, x.shape[1] :]
-        log_variance = {
-            "fixed_small": np.log(clipped[i]),
-            "fixed_large": np.log(betas[i] if i else posterior[1]),
-            "learned_range": (values + 1) / 2 * np.log(betas[i])
-            + (1 - values) / 2 * np.log(clipped[i]),
-        }[variance]
-        data = np.sqrt(1 / bar[i]) * x - np.sqrt(1 / bar[i] - 1) * eps
-        data = np.clip(data, -1, 1) if clip else data
-        mean = betas[i] * np.sqrt(bar_before[i]) / (1 - bar[i]) * data
-        mean += (1 - bar_before[i]) * np.sqrt(1 - betas[i]) / (1 - bar[i]) * x
-        x = mean + (i > 0) * np.exp(0.5 * log_variance) * step_noise[len(found)]
-        found.append(x)
-    return np.stack(found)
-
-
 @pytest.mark.parametrize("sections", ["20", "ddim20", "4,9,7"])
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small", "fixed_large"])
@@ -91,7 +62,8 @@ def test_every_step_equals_the_published_formulas(variance, clip, sections):
     timesteps = space_timesteps(1000, sections)
     step_noise = noise(5, (20, *SHAPE))
     schedule = DDPMSchedule(variance_type=variance, clip_sample=clip)
-    expected = published_trajectory(timesteps, variance, clip, noise(), step_noise)
+    denoiser = partial(denoise_numpy, variance="range")
+    expected = dit_trajectory(denoiser, timesteps, variance, clip, noise(), step_noise)
     found = our_trajectory(schedule.steps_at(timesteps), noise(), step_noise, "range")
     assert_equal_steps(found, expected)
 

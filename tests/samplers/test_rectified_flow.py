@@ -8,6 +8,7 @@ import pytest
 
 from lowbit_jax.samplers.loop import sample
 from lowbit_jax.samplers.rectified_flow import OPENSORA_1_2_SCHEDULE, RectifiedFlowSchedule
+from tests.references.samplers import opensora_times, opensora_trajectory
 from tests.samplers.trajectories import (
     assert_equal_steps,
     denoise_numpy,
@@ -16,22 +17,6 @@ from tests.samplers.trajectories import (
 )
 
 SIZES = [(512, 512, 1), (240, 426, 51), (720, 1280, 102), (144, 144, 17), (512, 512, 64)]
-
-
-def published_times(steps, height, width, num_frames, *, discrete=False, transform=True):
-    """OpenSORA 1.2's list of times and `timestep_transform`, worked through number by number."""
-    times = []
-    for i in range(steps):
-        t = (1.0 - i / steps) * 1000
-        t = int(round(t)) if discrete else t
-        if transform:
-            space = math.sqrt(height * width / (512 * 512))
-            frames = 1 if num_frames == 1 else num_frames // 17 * 5
-            ratio = space * math.sqrt(frames / 1)
-            t = t / 1000
-            t = ratio * t / (1 + (ratio - 1) * t) * 1000
-        times.append(t)
-    return times
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -44,7 +29,7 @@ def test_times_equal_the_published_formula(steps, transform, discrete, size):
     )
     height, width, frames = size
     found = schedule.timesteps(steps, height=height, width=width, num_frames=frames)
-    expected = published_times(steps, *size, discrete=discrete, transform=transform)
+    expected = opensora_times(steps, *size, discrete=discrete, transform=transform)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found[0] == pytest.approx(1000) and (np.diff(found) < 0).all()
 
@@ -60,19 +45,13 @@ def test_golden_times():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("steps", [1, 30])
 def test_every_step_equals_the_published_loop(steps, size):
-    """z += v dt / 1000, v = data - noise, the last step all the way to time 0."""
     height, width, frames = size
-    times = published_times(steps, *size)
     shape = (2, 4, 3, 2, 5)  # b c frames rows columns
-    z, expected = noise(0, shape).astype(np.float64), []
-    for i, t in enumerate(times):
-        v = denoise_numpy(z, np.full(2, t))
-        dt = (t - times[i + 1] if i < steps - 1 else t) / 1000
-        z = z + v * dt
-        expected.append(z)
+    times = opensora_times(steps, *size)
+    expected = opensora_trajectory(denoise_numpy, times, noise(0, shape))
     schedule = OPENSORA_1_2_SCHEDULE.steps(steps, height=height, width=width, num_frames=frames)
     found = our_trajectory(schedule, noise(0, shape), variance="range")  # dropped, as published
-    assert_equal_steps(found, np.stack(expected))
+    assert_equal_steps(found, expected)
 
 
 def test_the_velocity_points_to_the_data():

@@ -77,6 +77,11 @@ def test_every_published_class_reads_its_own_file_only():
         ("FlowMatchEulerDiscrete", {"use_karras_sigmas": True}, "use_karras_sigmas is True"),
         ("FlowMatchEulerDiscrete", {"shift_terminal": 0.02}, "shift_terminal is 0.02"),
         ("FlowMatchEulerDiscrete", {"sift": 3.0}, "unknown setting 'sift'"),
+        ("DDIM", {"clip_sample": "false"}, "clip_sample is 'false', not bool"),
+        ("DDIM", {"num_train_timesteps": 1e3}, "num_train_timesteps is 1000.0, not int"),
+        ("DDPM", {"beta_end": "0.02"}, "beta_end is '0.02', not float"),
+        ("DDPM", {"clip_sample_range": 0}, "clip_sample_range is 0, not above 0"),
+        ("FlowMatchEulerDiscrete", {"shift": True}, "shift is True, not float"),
         ("EulerDiscrete", {}, "'EulerDiscreteScheduler' is none of: FlowMatch"),
     ],
 )

@@ -139,6 +139,11 @@ def test_impossible_numbers_of_steps_are_named(steps):
         DiffusionSchedule().timesteps(steps)
 
 
+def test_half_a_step_is_refused():
+    with pytest.raises(TypeError):
+        DiffusionSchedule().timesteps(7.5)
+
+
 @pytest.mark.parametrize("timesteps", [[], [1, 2], [3, 3], [1000, 0], [5, -1], [[5], [3]]])
 def test_steps_that_do_not_descend_are_refused(timesteps):
     with pytest.raises(ValueError, match="do not descend inside 0..999"):

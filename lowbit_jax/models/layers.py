@@ -5,6 +5,7 @@ Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,16 +157,38 @@ def attention(
 ) -> Float[Array, "b t h d"]:
     """Softmax attention, scale 1/sqrt(d), no mask; softmax and accumulation in float32.
 
-    On CUDA in bfloat16 this is cuDNN's fused attention. Elsewhere queries are taken in chunks, so
-    the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is larger).
+    In bfloat16 and float16 a program lowered for CUDA takes cuDNN's fused attention, wherever it is
+    lowered: see `cudnn_is_known`. Elsewhere queries are taken in chunks, so the scores never take
+    more than `MAX_SCORE_BYTES` (or one query's row, if that is larger).
     """
     fused_can = (
         q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     )
-    # cuDNN is looked up while tracing, so `lax.platform_dependent` cannot choose it
-    if fused_can and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if fused_can and cudnn_is_known():
+        return jax.lax.platform_dependent(
+            q, k, v, cuda=_fused_attention, default=_chunked_attention
+        )
     return _chunked_attention(q, k, v)
+
+
+@functools.cache
+def cudnn_is_known() -> bool:
+    """Whether programs for CUDA can hold cuDNN's attention: jax must find cuDNN while tracing.
+
+    So it is with every `jax[cuda12]`, on a machine without a GPU too, where a program can be
+    compiled ahead of time. jax looks cuDNN's version up whatever platform it traces for; where it
+    finds none (a CPU installation) the fused form cannot even be a branch that is not taken.
+    """
+    probe = jax.ShapeDtypeStruct((1, 1, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(_fused_attention, probe, probe, probe)
+    except RuntimeError:  # "cuDNN is not detected."
+        return False
+    return True
+
+
+def _fused_attention(q, k, v):
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
 def _chunked_attention(q, k, v):

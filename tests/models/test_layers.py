@@ -53,6 +53,52 @@ def test_attention_of_a_flux_picture_never_holds_all_scores():
     assert memory.temp_size_in_bytes < everything / 4
 
 
+def lowered(platform, shape=(1, 64, 2, 72), dtype=jnp.bfloat16):
+    qkv = [jax.ShapeDtypeStruct(shape, dtype)] * 3
+    # jit keeps a trace of the function it is given, and what it may hold changes from test to test
+    attention = jax.jit(lambda q, k, v: layers.attention(q, k, v))
+    return attention.trace(*qkv).lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_the_platform_a_program_is_lowered_for_chooses_its_attention(monkeypatch):
+    """Not the platform it is traced on. The fused form is stood in for by a sine."""
+    monkeypatch.setattr(layers, "_fused_attention", lambda q, k, v: jnp.sin(q))
+    monkeypatch.setattr(layers, "cudnn_is_known", lambda: True)
+    assert "sine" in lowered("cuda") and "dot_general" not in lowered("cuda")
+    assert "sine" not in lowered("cpu") and "dot_general" in lowered("cpu")
+    qkv = heads(37, 5)
+    np.testing.assert_allclose(layers.attention(*qkv), torch_attention(*qkv), atol=1e-6)
+    assert "sine" not in lowered("cuda", (1, 64, 2, 136))  # cuDNN's limits: 128, multiples of 8
+    assert "sine" not in lowered("cuda", (1, 64, 2, 12))
+    assert "sine" not in lowered("cuda", dtype=jnp.float32)
+    monkeypatch.setattr(layers, "cudnn_is_known", lambda: False)
+    assert "sine" not in lowered("cuda")
+
+
+def test_gradients_pass_through_the_choice(monkeypatch):
+    """On the platform at hand those of the chunked form, to the bit."""
+    monkeypatch.setattr(layers, "_fused_attention", lambda q, k, v: jnp.sin(q))
+    monkeypatch.setattr(layers, "cudnn_is_known", lambda: True)
+    qkv = [jnp.asarray(x, jnp.bfloat16) for x in heads(16, 8)]
+
+    def gradients(attention):
+        loss = lambda qkv: jnp.sum(attention(*qkv).astype(jnp.float32) ** 2)  # noqa: E731
+        return jax.jit(jax.grad(loss))(qkv)
+
+    expected = gradients(layers._chunked_attention)
+    for got, want in zip(gradients(layers.attention), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_program_lowered_for_cuda_on_a_cpu_holds_cudnn():
+    """Head dims of FLUX and of DiT-XL and PixArt; an odd number of tokens."""
+    if not layers.cudnn_is_known():
+        pytest.skip("jax finds no cuDNN (install jax-cuda12-plugin and nvidia-cudnn-cu12)")
+    for shape in [(1, 4608, 24, 128), (2, 1023, 16, 72)]:
+        assert "__cudnn$fmhaSoftmax" in lowered("cuda", shape)
+        assert "__cudnn" not in lowered("cpu", shape)
+
+
 @pytest.mark.parametrize("dim", (256, 64))
 def test_timestep_embedding_equals_diffusers(dim):
     """Frequencies are rounded to float32 on both sides, by other means: 6e-7 of the angle."""

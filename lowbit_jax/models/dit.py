@@ -17,12 +17,12 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lowbit_jax.models.layers import (
+    AdaLN,
     BlockStack,
+    Gelu,
     Linear,
     MLPEmbedder,
     attention,
-    gelu_tanh,
-    modulate,
     split_heads,
     timestep_embedding,
 )
@@ -168,31 +168,36 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Fused qkv, softmax attention, output projection."""
+    """Fused qkv, softmax attention, output projection, on a residual stream."""
 
     config: DiTConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Attend over all tokens."""
+    def __call__(
+        self, x: Float[Array, "b t k"], before: AdaLN, gate: Float[Array, "b k"]
+    ) -> Float[Array, "b t k"]:
+        """x plus the gated result of attending over all tokens."""
         width = self.config.hidden_size
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
         out = attention(*split_heads(qkv, self.config.num_heads)).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
+        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=x)
 
 
 class MLP(nn.Module):
-    """Linear, tanh GELU, Linear."""
+    """Linear, tanh GELU, Linear, on a residual stream."""
 
     config: DiTConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Apply to every token."""
-        hidden = gelu_tanh(Linear(self.config.mlp_size, dtype=self.dtype, name="fc1")(x))
-        return Linear(self.config.hidden_size, dtype=self.dtype, name="fc2")(hidden)
+    def __call__(
+        self, x: Float[Array, "b t k"], before: AdaLN, gate: Float[Array, "b k"]
+    ) -> Float[Array, "b t k"]:
+        """x plus the gated result."""
+        hidden = Linear(self.config.mlp_size, dtype=self.dtype, name="fc1")(x, before=before)
+        out = Linear(self.config.hidden_size, dtype=self.dtype, name="fc2")
+        return out(hidden, before=Gelu(), gate=gate, residual=x)
 
 
 class Block(nn.Module):
@@ -207,10 +212,9 @@ class Block(nn.Module):
         config, dtype = self.config, self.dtype
         mod = Linear(6 * config.hidden_size, dtype=dtype, name="adaLN_modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)
-        out = Attention(config, dtype, name="attn")(modulate(x, shift1, scale1))
-        x = x + gate1[:, None] * out
-        out = MLP(config, dtype, name="mlp")(modulate(x, shift2, scale2, config.mlp_norm_eps))
-        return (x + gate2[:, None] * out,)
+        x = Attention(config, dtype, name="attn")(x, AdaLN(shift1, scale1), gate1)
+        before = AdaLN(shift2, scale2, config.mlp_norm_eps)
+        return (MLP(config, dtype, name="mlp")(x, before, gate2),)
 
 
 class FinalLayer(nn.Module):
@@ -226,7 +230,7 @@ class FinalLayer(nn.Module):
         mod = Linear(2 * config.hidden_size, dtype=self.dtype, name="adaLN_modulation")(condition)
         shift, scale = jnp.split(mod, 2, axis=-1)
         features = config.patch_size**2 * config.out_channels
-        return Linear(features, dtype=self.dtype, name="linear")(modulate(x, shift, scale))
+        return Linear(features, dtype=self.dtype, name="linear")(x, before=AdaLN(shift, scale))
 
 
 class DiTTransformer(nn.Module):

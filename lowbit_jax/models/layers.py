@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
 from lowbit_jax import ops
+from pallas_kernels import api
+from pallas_kernels.rows import QuantizedRows
 
 Dtype = Any
 
@@ -40,12 +43,26 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        """Apply the layer; raises ValueError with both shapes if the stored kernel does not fit."""
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """`residual + gate * (before(x) @ kernel + bias)`; what is None is left out.
+
+        Said here, and not around the layer, so that a quantised product can do it in one kernel.
+
+        Raises:
+            ValueError: the stored kernel does not fit, with both shapes.
+        """
         k, n = x.shape[-1], self.features
         kernel = self._leaf("kernel", nn.initializers.lecun_normal(), (k, n))
         bias = self._leaf("bias", nn.initializers.zeros, (n,)) if self.use_bias else None
-        return ops.linear(x.astype(self.dtype), kernel, bias)
+        x = x.astype(self.dtype)
+        return ops.linear(x, kernel, bias, before=before, gate=gate, residual=residual)
 
     def _leaf(self, name: str, init: Callable, shape: tuple[int, ...]):
         """A parameter that may hold a QTensor (`self.param` alone rejects packed leaves)."""
@@ -103,6 +120,44 @@ def modulate(
 ) -> Float[Array, "b t k"]:
     """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2)."""
     return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaLN:
+    """`modulate` before a product: `Linear(...)(x, before=AdaLN(shift, scale))`.
+
+    Attributes:
+        shift: added, one value per channel of each batch entry.
+        scale: multiplied, as 1 + scale.
+        eps: of the norm.
+    """
+
+    shift: Float[Array, "b k"]
+    scale: Float[Array, "b k"]
+    eps: float = field(default=1e-6, metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
+        """In floating point."""
+        return modulate(x, self.shift, self.scale, self.eps)
+
+    def quantize_rows(self, x: Float[Array, "b t k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        return api.modulate_quantize_rows(x, self.shift, self.scale, bits, eps=self.eps)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gelu:
+    """`gelu_tanh` before a product: `Linear(...)(hidden, before=Gelu())`."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """In floating point."""
+        return gelu_tanh(x)
+
+    def quantize_rows(self, x: Float[Array, "... k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        return api.gelu_quantize_rows(x, bits)
 
 
 def timestep_embedding(

@@ -8,7 +8,8 @@ from flax import linen as nn
 
 from lowbit_jax.models import layers
 from lowbit_jax.models.layers import BlockStack, Linear, RMSNorm
-from lowbit_jax.quant.qtensor import FORMATS, QTensor, pack_codes
+from lowbit_jax.quant.qtensor import QTensor
+from pallas_kernels.formats import FORMATS, pack_codes
 
 
 def normal(*shape, seed=0):

@@ -14,15 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lowbit_jax.models.layers import (
-    MLP,
-    AdaLN,
-    BlockStack,
-    Linear,
-    MLPEmbedder,
-    SelfAttention,
-    timestep_embedding,
-)
+from lowbit_jax.models.attention import SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear, MLPEmbedder, timestep_embedding
 from lowbit_jax.models.patches import PatchEmbedder, picture, position_table
 
 TIME_DIM = 256  # width of the sinusoidal embedding of time

@@ -17,6 +17,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from lowbit_jax.models.attention import apply_rotary, attention, rotary_angles, split_heads
 from lowbit_jax.models.layers import (
     AdaLN,
     BlockStack,
@@ -24,11 +25,7 @@ from lowbit_jax.models.layers import (
     Linear,
     MLPEmbedder,
     RMSNorm,
-    apply_rotary,
-    attention,
     gelu_tanh,
-    rotary_angles,
-    split_heads,
     timestep_embedding,
 )
 

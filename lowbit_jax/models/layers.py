@@ -5,7 +5,7 @@ Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Float
 
 from lowbit_jax import ops
 from lowbit_jax.ops import over_tokens
@@ -22,9 +22,6 @@ from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
 
 Dtype = Any
-
-# One chunk of attention scores (float32) stays below this, whatever the number of tokens.
-MAX_SCORE_BYTES = 64 * 2**20
 
 
 class Linear(nn.Module):
@@ -179,155 +176,6 @@ def timestep_embedding(
     frequencies = np.exp(-np.log(10000.0) * np.arange(half) / (half - shift)).astype(np.float32)
     angles = scale * t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def rotary_angles(
-    ids: Num[Array, "t axes"], axes_dim: Sequence[int], theta: float = 10000.0
-) -> Float[Array, "t d2"]:
-    """Rotation angles of every token: `ids[:, a] * theta^(-2i / axes_dim[a])`, axes concatenated.
-
-    Args:
-        ids: position of each token on each axis.
-        axes_dim: head-dim share of each axis; even, summing to the head dim d; d2 = d / 2.
-        theta: base of the frequencies.
-    """
-    ids = jnp.asarray(ids, jnp.float32)
-    if ids.shape[-1] != len(axes_dim):
-        raise ValueError(
-            f"ids have {ids.shape[-1]} axes, axes_dim {tuple(axes_dim)} names another number"
-        )
-    parts = []
-    for axis, dim in enumerate(axes_dim):
-        omega = (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
-        parts.append(ids[:, axis, None] * omega)
-    return jnp.concatenate(parts, axis=-1)
-
-
-def apply_rotary(
-    x: Float[Array, "b t h d"], angles: Float[Array, "t d2"]
-) -> Float[Array, "b t h d"]:
-    """Rotate the interleaved pairs (x[2i], x[2i+1]) by `angles`, in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    mask: Bool[Array, "b s"] | None = None,
-) -> Float[Array, "b t h d"]:
-    """Softmax attention, scale 1/sqrt(d); softmax and accumulation in float32.
-
-    On CUDA in bfloat16 without a mask this is cuDNN's fused attention. Elsewhere queries are taken
-    in chunks, so the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is
-    larger).
-
-    Args:
-        q, k, v: queries, keys, values.
-        mask: keys that may be attended to; the others have weight zero exactly, unless none may.
-    """
-    fused_can = (
-        mask is None
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] <= 128
-        and q.shape[-1] % 8 == 0
-    )
-    # cuDNN is looked up while tracing, so `lax.platform_dependent` cannot choose it
-    if fused_can and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _chunked_attention(q, k, v, mask)
-
-
-def _chunked_attention(q, k, v, mask=None):
-    b, t, h, d = q.shape
-    row_bytes = 4 * b * h * k.shape[1]
-    chunk = max(1, min(t, MAX_SCORE_BYTES // row_bytes))
-    if chunk == t:
-        return _full_attention(q, k, v, mask)
-    chunks = -(-t // chunk)
-    chunk = -(-t // chunks)  # even chunks waste the fewest padded rows
-    padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - t), (0, 0), (0, 0)))
-    stacked = padded.reshape(b, chunks, chunk, h, d).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: _full_attention(part, k, v, mask), stacked)
-    return out.swapaxes(0, 1).reshape(b, chunks * chunk, h, d)[:, :t]
-
-
-def _full_attention(q, k, v, mask):
-    mask = None if mask is None else mask[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
-
-
-def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
-    """Split fused `[q, k, v]`, each laid out (head, dim), into three (b, t, h, d)."""
-    b, t, _ = qkv.shape
-    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, -1), 2, 0)
-    return q, k, v
-
-
-class SelfAttention(nn.Module):
-    """Fused qkv, attention of every token to all, output projection.
-
-    Attributes:
-        heads: attention heads.
-        dtype: of activations and products.
-        qk_norm: whether queries and keys are RMS-normalised, per head.
-    """
-
-    heads: int
-    dtype: Dtype
-    qk_norm: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "*b t k"],
-        angles: Float[Array, "t d2"] | None = None,
-        *,
-        before: ops.Before | None = None,
-        gate: Float[Array, "b k"] | None = None,
-        residual: Float[Array, "*b t k"] | None = None,
-    ) -> Float[Array, "*b t k"]:
-        """Attend over the tokens t, at rotary `angles`; all axes before them are batch.
-
-        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
-        """
-        width = x.shape[-1]
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
-        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
-        if self.qk_norm:
-            q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
-        if angles is not None:
-            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        out = attention(q, k, v).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=residual)
-
-
-class CrossAttention(nn.Module):
-    """Queries from the tokens, fused keys and values from a context, output projection."""
-
-    heads: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t k"],
-        context: Float[Array, "b s c"],
-        mask: Bool[Array, "b s"],
-        *,
-        residual: Float[Array, "b t k"] | None = None,
-    ) -> Float[Array, "b t k"]:
-        """Attend to the context's tokens that `mask` allows; `residual` is added to the result."""
-        b, t, width = x.shape
-        q = Linear(width, dtype=self.dtype, name="q_linear")(x).reshape(b, t, self.heads, -1)
-        kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")(context)
-        k, v = jnp.moveaxis(kv.reshape(b, -1, 2, *q.shape[2:]), 2, 0)
-        out = attention(q, k, v, mask).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out, residual=residual)
 
 
 class MLP(nn.Module):

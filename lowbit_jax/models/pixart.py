@@ -22,15 +22,8 @@ from lowbit_jax.models.adaln_single import (
     embed_number,
     scale_shift_table,
 )
-from lowbit_jax.models.layers import (
-    MLP,
-    AdaLN,
-    BlockStack,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    attention,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention, attention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear
 from lowbit_jax.models.patches import Grid, PatchEmbedder, picture, position_table
 from lowbit_jax.ops import Before
 
@@ -180,7 +173,7 @@ class CompressedAttention(nn.Module):
         gate: Float[Array, "b k"] | None = None,
         residual: Float[Array, "b t k"] | None = None,
     ) -> Float[Array, "b t k"]:
-        """Attend from all tokens to the cells; arguments as `layers.SelfAttention` has them.
+        """Attend from all tokens to the cells; arguments as `attention.SelfAttention` has them.
 
         Raises:
             ValueError: a picture of less than one cell.

@@ -23,14 +23,8 @@ from lowbit_jax.models.adaln_single import (
     embed_number,
     scale_shift_table,
 )
-from lowbit_jax.models.layers import (
-    MLP,
-    AdaLN,
-    BlockStack,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear
 from lowbit_jax.models.patches import position_table
 from lowbit_jax.models.video import (
     Size,

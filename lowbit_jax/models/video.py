@@ -14,13 +14,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from lowbit_jax.models.adaln_single import scale_shift_table
-from lowbit_jax.models.layers import (
-    MLP,
-    AdaLN,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, Linear
 from lowbit_jax.ops import over_tokens
 
 Size = tuple[int, int, int]  # frames, rows, columns
@@ -103,7 +98,7 @@ class VideoBlock(nn.Module):
         heads: attention heads.
         dtype: of activations and products.
         temporal: attend over the frames of each patch; otherwise over the patches of each frame.
-        qk_norm: see `layers.SelfAttention`.
+        qk_norm: see `attention.SelfAttention`.
     """
 
     heads: int
@@ -126,7 +121,7 @@ class VideoBlock(nn.Module):
             mod: what all blocks share, per sample (b, 6, k) or per frame (b, f, 6, k).
             context: embedded caption, and which of its tokens may be attended to; None leaves the
                 cross-attention out, and its parameters.
-            angles: rotary positions of what is attended over; see `layers.apply_rotary`.
+            angles: rotary positions of what is attended over; see `attention.apply_rotary`.
         """
         width = x.shape[-1]
         mod = mod + scale_shift_table(self, 6, width)

@@ -85,12 +85,8 @@ def compile_kernels(fn: Callable, specs, target: Target) -> list[Kernel]:
         ValueError: the function calls no Pallas-Triton kernel.
     """
     mesh = _mesh(target)
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    specs = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=replicated), tuple(specs)
-    )
     with _mesh_context(mesh), tempfile.TemporaryDirectory() as folder:
-        lowered = jax.jit(fn).lower(*specs)
+        lowered = jax.jit(fn).lower(*_placed(specs, mesh))
         calls = _pallas_calls(lowered.as_text())
         if not calls:
             raise ValueError(f"{fn} calls no Pallas-Triton kernel")
@@ -156,6 +152,24 @@ def resources(notes: str) -> dict[str, tuple[int, int]]:
         match["name"]: (int(match["registers"]), int(match["stores"]) + int(match["loads"]))
         for match in _PTXAS.finditer(notes)
     }
+
+
+def compile_program(fn: Callable, specs, target: Target) -> jax.stages.Compiled:
+    """Compiles fn(*specs) as it is, with Pallas kernels in it or without, for one GPU.
+
+    Nothing is tuned without a device: tiles and algorithms of XLA's own products are defaults.
+    The arguments and errors are those of `compile_kernels`.
+    """
+    mesh = _mesh(target)
+    with _mesh_context(mesh), quiet():
+        lowered = jax.jit(fn).lower(*_placed(specs, mesh))
+        return lowered.compile({"xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1])})
+
+
+def _placed(specs, mesh: jax.sharding.Mesh) -> tuple:
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    placed = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole)  # noqa: E731
+    return jax.tree.map(placed, tuple(specs))
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.job import Job, manifest, plan, run
+from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
 from lowbit_jax.quant.recipe import RECIPES, load_recipe
 from lowbit_jax.quant.report import SizeReport, size_report, size_table
@@ -28,12 +29,17 @@ class Arguments:
     """Port a PyTorch checkpoint to Flax, quantise it and save it; reads one tensor at a time."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A .safetensors file, a .safetensors.index.json, or a diffusers folder."""
+    """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder."""
     recipe: Annotated[str, tyro.conf.arg(help=f"{', '.join(RECIPES)}, or a JSON file.")]
+    keep: str | None = None
+    """Layers to keep in floating point, against the recipe: a regular expression for their paths,
+    such as '.*/cross_attn/kv_linear'."""
     out: Path | None = None
     """Folder to write; needed unless --dry-run."""
     model: str = "auto"
     """Network; auto recognises it by its tensors."""
+    weights: Weights = "auto"
+    """Part of a training checkpoint; auto takes the moving average (ema) where there is one."""
     dtype: Literal["bf16", "f32"] = "bf16"
     """Of parameters that stay in floating point."""
     dry_run: bool = False
@@ -67,9 +73,11 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.out is None and not arguments.dry_run:
         raise ValueError("give --out DIR, or --dry-run for the plan alone")
     recipe = load_recipe(arguments.recipe)
+    if arguments.keep is not None:
+        recipe = recipe.keeping(arguments.keep)
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite)
-    with open_checkpoint(arguments.checkpoint) as checkpoint:
+    with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
         job = plan(checkpoint, recipe, model=arguments.model, dtype=DTYPES[arguments.dtype])
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
@@ -83,6 +91,8 @@ def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
     console.print(
         f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {files}", soft_wrap=True
     )
+    for note in job.checkpoint.notes:
+        console.print(note, soft_wrap=True)
     console.print(size_table(sizes, f"plan: recipe '{job.recipe.name}'"))
     console.print(
         f"{sizes.bits_per_weight:.3f} bits per weight over everything stored; "

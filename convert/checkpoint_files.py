@@ -1,9 +1,10 @@
-"""Opens a published model: one safetensors file, a sharded set, or the folder that holds either.
+"""Opens a published model: one file of weights, a sharded set, or the folder that holds either.
 
     with open_checkpoint("DiT-XL-2-256") as checkpoint:
         print(checkpoint.config["_class_name"], checkpoint.total_bytes)
 
-Where the weights lie is settled here, whether a file is sound in `convert.safetensors_header`.
+Where the weights lie is settled here; whether a file is sound, by its reader: `convert.safetensors`
+or, for PyTorch's own files, `convert.torch_file`. A folder with both is read as safetensors.
 """
 
 from __future__ import annotations
@@ -11,26 +12,44 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.errors import CheckpointError
-from convert.safetensors import TensorFile, no_such_tensor
+from convert.mapped_file import MappedFile, no_such_tensor
+from convert.safetensors import TensorFile
 from convert.safetensors_header import TensorInfo, parse_json, quote
+from convert.torch_file import SUFFIXES, TorchFile, Weights, no_choice
 
 MAX_JSON_BYTES = 64 << 20
-_INDEX = ".safetensors.index.json"
-_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.safetensors$")
-_STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call weights
-_PICKLE = (
-    "is a PyTorch pickle, which can run code when it is loaded: in an environment you trust, load "
-    "it with torch.load(path, weights_only=True), write it with safetensors.torch.save_file, and "
-    "give that file"
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """How files of weights are called: `suffixes`, the first one where there are shards."""
+
+    suffixes: tuple[str, ...]
+    stems: tuple[str, ...]  # what diffusers and transformers call weights
+
+    @property
+    def index(self) -> str:
+        return f"{self.suffixes[0]}.index.json"
+
+    def files(self, folder: Path, *suffixes: str) -> list[Path]:
+        """Files of these suffixes; hidden ones are temporary, or another system's forks."""
+        visible = (path for path in folder.iterdir() if path.name[0] != ".")
+        return sorted(path for path in visible if path.name.endswith(suffixes))
+
+
+_SAFETENSORS = _Format(suffixes=(".safetensors",), stems=("diffusion_pytorch_model", "model"))
+_TORCH = _Format(suffixes=SUFFIXES, stems=("diffusion_pytorch_model", "pytorch_model"))
+_FORMATS = (_SAFETENSORS, _TORCH)
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)\d{5}\.(safetensors|bin)$")
 _FOREIGN = {
-    **dict.fromkeys((".bin", ".ckpt", ".pt", ".pth", ".pkl"), _PICKLE),
+    ".pkl": "is a Python pickle: if torch.save wrote it, rename it to .pt",
     ".gguf": "is a GGUF file, quantised already: give the original .safetensors instead",
     ".onnx": "is an ONNX graph: give the .safetensors it was exported from",
     ".msgpack": "is a Flax checkpoint: give the PyTorch model's .safetensors",
@@ -45,17 +64,21 @@ class Checkpoint:
       source: the path that was opened: a file, an index, or what a folder led to.
       names: all tensors, sorted, so that the order is the same however the model is sharded.
       config: the `config.json` beside the weights, parsed; None when there is none.
-      files: paths of the safetensors files, sorted.
+      files: paths of the files of weights, sorted.
+      notes: which part of the files was taken, and what was left, a line each.
       total_bytes: bytes of all tensors (the files are larger by their headers).
     """
 
-    def __init__(self, source: Path, files: Iterable[TensorFile], config: dict[str, Any] | None):
+    def __init__(self, source: Path, files: Iterable[MappedFile], config: dict[str, Any] | None):
         self.source = source
         self.config = config
         self._files = sorted(files, key=lambda file: file.path)
         self._owner = {name: file for file in self._files for name in file.names}
         self.names = tuple(sorted(self._owner))
         self.files = [file.path for file in self._files]
+        self.notes = tuple(
+            f"{file.path.name}: {note}" for file in self._files for note in file.notes
+        )
         self.total_bytes = sum(self.info(name).nbytes for name in self.names)
 
     def __enter__(self) -> Checkpoint:
@@ -74,11 +97,11 @@ class Checkpoint:
         return self._file(name).info(name)
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor as a read-only view of its file; see `TensorFile.read` (also for Raises)."""
+        """A tensor as a read-only view of its file; see `MappedFile.read` (also for Raises)."""
         return self._file(name).read(name)
 
     def release(self, name: str) -> None:
-        """Lets the pages of a tensor go; see `TensorFile.release`."""
+        """Lets the pages of a tensor go; see `MappedFile.release`."""
         self._file(name).release(name)
 
     def digests(self, progress: Callable[[int, int], None] | None = None) -> dict[str, str]:
@@ -94,20 +117,24 @@ class Checkpoint:
 
         return {file.path.name: file.sha256(step) for file in self._files}
 
-    def _file(self, name: str) -> TensorFile:
+    def _file(self, name: str) -> MappedFile:
         try:
             return self._owner[name]
         except KeyError:
             raise CheckpointError(self.source, no_such_tensor(name, self.names)) from None
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], weights: Weights = "auto") -> Checkpoint:
     """Opens a model and checks all its headers; no tensor is read yet.
 
     Args:
-      path: a `.safetensors` file; a `*.safetensors.index.json`, whose shards must lie beside it; or
-        a folder. In a folder, in this order: `diffusion_pytorch_model` or `model` (one file or an
-        index), the folder `transformer/`, the only index, the only `.safetensors`.
+      path: a file of weights (`.safetensors`, or PyTorch's `.pt`, `.pth`, `.bin`, `.ckpt`); an
+        index (`*.safetensors.index.json`, `*.bin.index.json`), whose shards must lie beside it; or
+        a folder. In a folder, in this order: `diffusion_pytorch_model` or `model` (`pytorch_model`
+        of PyTorch's; one file or an index), the folder `transformer/`, the only index, the only
+        file of weights.
+      weights: "ema" or "model": that part of a training checkpoint. "auto": the moving average
+        where there is one; `Checkpoint.notes` says what was taken.
 
     The index is the authority: a tensor that it does not list, lists elsewhere, or that two shards
     hold is refused. (Its `total_size` is not read: published ones are often wrong.)
@@ -119,25 +146,37 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(path, "does not exist; download the model first and give its folder")
     source = _find_in_folder(path) if path.is_dir() else path
-    if source.name.endswith(_INDEX):
-        return _open_sharded(source)
-    if source.suffix != ".safetensors":
-        known = f"expected .safetensors, *{_INDEX} or a folder"
-        raise CheckpointError(source, _foreign(source) or known)
+    for form in _FORMATS:
+        if source.name.endswith(form.index):
+            _check_choice(source, weights)
+            return _open_sharded(source, form)
+    if not source.name.endswith(_SAFETENSORS.suffixes + _TORCH.suffixes):
+        known = (
+            f"expected {', '.join(_SAFETENSORS.suffixes + _TORCH.suffixes)}, an index or a folder"
+        )
+        raise CheckpointError(source, _FOREIGN.get(source.suffix.lower()) or known)
     config = _read_config(source.parent)
-    return Checkpoint(source, [TensorFile(source)], config)
+    return Checkpoint(source, [_open_file(source, weights)], config)
 
 
-def _foreign(path: Path) -> str | None:
-    """What to say about a file of another format, by its name."""
-    if path.name.endswith(".bin.index.json"):
-        return "is the index of a pickled checkpoint: give the model's .safetensors version"
-    return _FOREIGN.get(path.suffix.lower())
+def _open_file(path: Path, weights: Weights = "auto") -> MappedFile:
+    if path.name.endswith(_TORCH.suffixes):
+        return TorchFile(path, weights)
+    _check_choice(path, weights)
+    return TensorFile(path)
+
+
+def _check_choice(path: Path, weights: Weights) -> None:
+    if weights != "auto":
+        raise CheckpointError(path, no_choice(weights))
 
 
 def _find_in_folder(folder: Path) -> Path:
-    for stem in _STEMS:
-        pair = [folder / f"{stem}.safetensors", folder / f"{stem}{_INDEX}"]
+    form = _SAFETENSORS
+    if not form.files(folder, form.suffixes[0], form.index):
+        form = _TORCH
+    for stem in form.stems:
+        pair = [folder / f"{stem}{form.suffixes[0]}", folder / f"{stem}{form.index}"]
         here = [path for path in pair if path.exists()]
         if len(here) == 2:
             both = f"holds both {pair[0].name} and {pair[1].name}; give the path of one"
@@ -146,9 +185,8 @@ def _find_in_folder(folder: Path) -> Path:
             return here[0]
     if (folder / "transformer").is_dir():
         return _find_in_folder(folder / "transformer")
-    for pattern in (f"*{_INDEX}", "*.safetensors"):
-        # hidden files are temporary ones, or the resource forks of another system
-        found = sorted(path for path in folder.glob(pattern) if path.name[0] != ".")
+    for suffixes in ((form.index,), form.suffixes):
+        found = form.files(folder, *suffixes)
         names = _listed(path.name for path in found)
         if any(_SHARD.search(path.name) for path in found):
             raise CheckpointError(folder, f"holds shards without their index: {names}; get it")
@@ -161,10 +199,10 @@ def _find_in_folder(folder: Path) -> Path:
 
 def _nothing_in(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
-        if _foreign(path):
-            return f"holds no .safetensors; {path.name} {_foreign(path)}"
+        if foreign := _FOREIGN.get(path.suffix.lower()):
+            return f"holds no weights that are read here; {path.name} {foreign}"
     names = _listed(path.name for path in sorted(folder.iterdir()))
-    return f"holds no .safetensors and no transformer/ folder, only: {names or 'nothing'}"
+    return f"holds no file of weights and no transformer/ folder, only: {names or 'nothing'}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -192,17 +230,17 @@ def _read_config(folder: Path) -> dict[str, Any] | None:
     return _read_json(path) if path.exists() else None
 
 
-def _open_sharded(index: Path) -> Checkpoint:
+def _open_sharded(index: Path, form: _Format) -> Checkpoint:
     weight_map, problems = _read_weight_map(index)
     config = _read_config(index.parent)
-    files: dict[str, TensorFile] = {}
+    files: dict[str, MappedFile] = {}
     for shard in sorted(set(weight_map.values())):
-        problem = _shard_problem(index.parent, shard)
+        problem = _shard_problem(index.parent, shard, form.suffixes[0])
         if problem:
             problems.append(problem)
             continue
         try:
-            files[shard] = TensorFile(index.parent / shard)
+            files[shard] = _open_file(index.parent / shard)
         except CheckpointError as error:
             problems += [f"shard {quote(shard)}: {problem}" for problem in error.problems]
     problems += _index_problems(weight_map, files)
@@ -226,12 +264,12 @@ def _read_weight_map(index: Path) -> tuple[dict[str, str], list[str]]:
     return {name: s for name, s in weight_map.items() if isinstance(s, str)}, problems
 
 
-def _shard_problem(folder: Path, shard: str) -> str | None:
+def _shard_problem(folder: Path, shard: str, suffix: str) -> str | None:
     """Why a shard named by an index must not be opened, or None."""
     label = f"shard {quote(shard)}"
-    plain = re.fullmatch(r"[^/\\:\x00-\x1f\ud800-\udfff]+\.safetensors", shard)
-    if not plain or len(shard.encode()) > 255:
-        return f"{label} must be the plain name of a .safetensors file beside the index"
+    plain = re.fullmatch(r"[^/\\:\x00-\x1f\ud800-\udfff]+", shard)
+    if not plain or not shard.endswith(suffix) or len(shard.encode()) > 255:
+        return f"{label} must be the plain name of a {suffix} file beside the index"
     path = folder / shard
     if not path.exists():
         return f"{label} is named by the index but is not in the folder: download it"
@@ -246,7 +284,7 @@ def _blobs(home: Path) -> list[Path]:
     return [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
 
 
-def _index_problems(weight_map: dict[str, str], files: dict[str, TensorFile]) -> list[str]:
+def _index_problems(weight_map: dict[str, str], files: dict[str, MappedFile]) -> list[str]:
     holders: dict[str, list[str]] = {}
     for shard, file in files.items():
         for name in file.names:

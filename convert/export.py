@@ -1,4 +1,4 @@
-"""The way back: a converted model to the source ecosystem's files (diffusers layout).
+"""The way back: a converted model to the source ecosystem's files, usually diffusers'.
 
 `export_diffusers DIR --out FOLDER` for a folder that convert_and_quantize wrote.
 """
@@ -20,7 +20,7 @@ import tyro
 
 from convert.registry import SOURCES
 from convert.safetensors import TensorSpec, write_sharded
-from convert.table import Leaf, expand, split_leaf
+from convert.table import Layout, Leaf, expand, split_leaf
 from lowbit_jax.checkpoint import OutputError, iter_parts, load
 from lowbit_jax.checkpoint_parts import leaf_at
 from lowbit_jax.models.registry import NETWORKS, read_config
@@ -33,10 +33,14 @@ def export_diffusers(
     model: str,
     config: Any,
     *,
+    layout: str | None = None,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = 10 * 10**9,
 ) -> Path:
     """Write `config.json` and `diffusion_pytorch_model*.safetensors`, loadable by diffusers.
+
+    A layout other than diffusers' has the names and shapes of another publication, in the same
+    kind of file; its `config.json` says what no tensor tells.
 
     Quantised kernels are written as the floating-point matrices they stand for: the pictures are
     those of the quantised weights, the file is as large as an unquantised one. One tensor at a time
@@ -47,6 +51,7 @@ def export_diffusers(
         params: parameter tree, float or quantised.
         model: name of the network.
         config: its config.
+        layout: name of a layout of `SOURCES[model].exports`; None for the first.
         dtype: dtype of the tensors.
         max_shard_bytes: a larger model is split, with an index.
 
@@ -54,14 +59,15 @@ def export_diffusers(
         The folder.
 
     Raises:
-        OutputError: the folder holds something. ValueError: diffusers has no such configuration.
+        OutputError: the folder holds something. ValueError: the layout has no such configuration.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty; choose another folder")
     source = SOURCES[model]
-    document = json.dumps(source.to_json(config), indent=2) + "\n"
-    tensors = source_tensors(params, model, config, dtype)
+    naming = source.export_layout(layout)
+    document = json.dumps(source.exports[naming.name](config), indent=2) + "\n"
+    tensors = source_tensors(params, model, config, naming, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_sharded(folder, tensors, max_shard_bytes, metadata={"format": "pt"})
     (folder / "config.json").write_text(document)
@@ -69,19 +75,23 @@ def export_diffusers(
 
 
 def source_tensors(
-    params: Mapping[str, Any], model: str, config: Any, dtype: Any
+    params: Mapping[str, Any], model: str, config: Any, layout: Layout, dtype: Any
 ) -> dict[str, TensorSpec]:
-    """All tensors of the export layout, by name; each is made when its turn to be written comes."""
-    source, network = SOURCES[model], NETWORKS[model]
-    abstract = iter_parts(network.abstract_params(config))
+    """All tensors of a layout, by name; each is made when its turn to be written comes."""
+    abstract = iter_parts(NETWORKS[model].abstract_params(config))
     shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in abstract}
     tensors = {
         name: TensorSpec(
             shape=shape, dtype=dtype, make=partial(_source_tensor, params, leaf, name, dtype)
         )
-        for leaf in expand(source.export_layout, config, shapes)
+        for leaf in expand(layout, config, shapes)
         for name, shape in leaf.source_shapes().items()
     }
+    for constant in layout.constants:
+        value = np.asarray(constant.value(config)).astype(dtype)
+        tensors[constant.source] = TensorSpec(
+            shape=value.shape, dtype=dtype, make=partial(np.asarray, value)
+        )
     return dict(sorted(tensors.items()))
 
 
@@ -100,7 +110,7 @@ def _to_source(value: Any, is_kernel: bool, dtype: Any) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Write a converted model in diffusers' layout; quantised matrices become floating point."""
+    """Write a converted model as its publishers do; quantised matrices become floating point."""
 
     folder: tyro.conf.Positional[Path]
     """A folder written by convert_and_quantize."""
@@ -108,6 +118,8 @@ class Arguments:
     """Folder to write; must not exist, or be empty."""
     dtype: Literal["bf16", "f32"] = "bf16"
     """Of the tensors."""
+    layout: str | None = None
+    """Names and shapes; diffusers' where there is one. DiT and PixArt also: original."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,11 +129,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load(arguments.folder)
         config = read_config(saved.model, saved.config)
-        export_diffusers(arguments.out, saved.params, saved.model, config, dtype=dtype)
+        layout = SOURCES[saved.model].export_layout(arguments.layout).name
+        export_diffusers(
+            arguments.out, saved.params, saved.model, config, layout=layout, dtype=dtype
+        )
     except (ValueError, OSError) as error:
         print(f"export_diffusers: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.out}: {saved.model}, recipe '{saved.recipe.name}', for diffusers")
+    print(f"{arguments.out}: {saved.model}, recipe '{saved.recipe.name}', in {layout} layout")
     return 0
 
 

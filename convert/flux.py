@@ -26,10 +26,6 @@ def _qkv_mlp(config: FluxConfig) -> tuple[int, ...]:
     return (*_qkv(config), config.mlp_size)
 
 
-def _no_guidance(row: Row, config: FluxConfig) -> bool:
-    return row.target.startswith("guidance_in") and not config.guidance_embed
-
-
 _D, _S = "double_blocks/{i}/", "single_blocks/{i}/"
 _BD, _BS = "double_blocks.{i}.", "single_blocks.{i}."
 _P, _Q = "transformer_blocks.{i}.", "single_transformer_blocks.{i}."
@@ -39,12 +35,11 @@ BFL = Layout(
     name="Black Forest Labs",
     marker="img_in.weight",
     stacks=STACKS,
-    skip_row=_no_guidance,
     rows=(
         _row("img_in", "img_in"),
         _row("txt_in", "txt_in"),
         *(
-            _row(f"{name}/{layer}", f"{name}.{layer}")
+            _row(f"{name}/{layer}", f"{name}.{layer}", optional=name == "guidance_in")
             for name in ("time_in", "guidance_in", "vector_in")
             for layer in ("in_layer", "out_layer")
         ),
@@ -83,12 +78,13 @@ DIFFUSERS = Layout(
     name="diffusers",
     marker="x_embedder.weight",
     stacks=STACKS,
-    skip_row=_no_guidance,
     rows=(
         _row("img_in", "x_embedder"),
         _row("txt_in", "context_embedder"),
         *(
-            _row(f"{ours}/{layer}", f"{_T}{theirs}.{linear}")
+            _row(
+                f"{ours}/{layer}", f"{_T}{theirs}.{linear}", optional=theirs == "guidance_embedder"
+            )
             for ours, theirs in (
                 ("time_in", "timestep_embedder"),
                 ("guidance_in", "guidance_embedder"),

@@ -17,7 +17,17 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.registry import SOURCES, recognise
-from convert.table import Layout, Leaf, check, check_copies, expand, read_leaf, release_leaf
+from convert.table import (
+    Constant,
+    Layout,
+    Leaf,
+    check,
+    check_constants,
+    check_copies,
+    expand,
+    read_leaf,
+    release_leaf,
+)
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.qtensor import QTensor
@@ -46,6 +56,7 @@ class Job:
         recipe: how to quantise.
         dtype: dtype of the parameters that stay in floating point.
         leaves: what to read, part by part.
+        constants: what the source stores and the model computes: values to compare with.
         rules: how each layer path is quantised; None keeps the kernel.
         abstract: the output tree as shapes, if every weight is finite.
     """
@@ -57,6 +68,7 @@ class Job:
     recipe: Recipe
     dtype: Any
     leaves: list[Leaf]
+    constants: dict[Constant, np.ndarray]
     rules: dict[str, Rule | None]
     abstract: dict[str, Any]
 
@@ -94,7 +106,8 @@ def plan(
         part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)
     }
     leaves = expand(layout, config, shapes)
-    check(checkpoint, leaves, f"{model} ({layout.name} layout)")
+    constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
+    check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
     kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
     return Job(
         checkpoint=checkpoint,
@@ -104,6 +117,7 @@ def plan(
         recipe=recipe,
         dtype=dtype,
         leaves=leaves,
+        constants=constants,
         rules=recipe.assign(kernels),
         abstract=jax.eval_shape(partial(quantize, recipe=recipe), params),
     )
@@ -120,19 +134,24 @@ def run(
         job: see `plan`.
         write: takes finished parts: `checkpoint.Writer.write`, or something that collects them;
             called in order, in another thread, while the next part is converted.
-        progress: called with the parameter's path and the source bytes just done; what it raises
-            ends the conversion.
+        progress: called with the parameter's path (or the name of a tensor that was only compared)
+            and the source bytes just done; what it raises ends the conversion.
 
     Returns:
         Parameters with NaN or inf that the recipe keeps; such kernels stay in floating point.
 
     Raises:
-        CheckpointError: tensors that the source stores more than once are not equal.
+        CheckpointError: tensors that the source stores more than once are not equal, or one that
+            the model computes is another.
         NonFiniteError: NaN or inf anywhere, and the recipe does not keep them; names all of them.
     """
     keep = job.recipe.on_nonfinite == "keep"
     bad: list[str] = []
     check_copies(job.checkpoint, job.leaves)
+    check_constants(job.checkpoint, job.constants)
+    for constant in job.constants:
+        if constant.source in job.checkpoint.names:
+            progress(constant.source, _source_bytes(job.checkpoint, [constant.source]))
     with ThreadPoolExecutor(1) as background:
         written: Future[object] = background.submit(lambda: None)
         for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
@@ -160,7 +179,11 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
         "config": dataclasses.asdict(job.config),
         "recipe": job.recipe.to_json(),
         "dtype": str(jnp.dtype(job.dtype)),
-        "source": {"layout": job.layout.name, "files": digests},
+        "source": {
+            "layout": job.layout.name,
+            "files": digests,
+            "notes": list(job.checkpoint.notes),
+        },
     }
 
 

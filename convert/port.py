@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from convert.checkpoint_files import open_checkpoint
 from convert.job import plan, run
+from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Part, SavedModel, assemble
 from lowbit_jax.quant.recipe import Recipe, load_recipe
 
@@ -19,14 +20,17 @@ def port(
     recipe: str | Recipe = "float",
     *,
     model: str = "auto",
+    weights: Weights = "auto",
     dtype: Any = jnp.bfloat16,
 ) -> SavedModel:
     """Port a PyTorch checkpoint to a Flax parameter tree, quantising on the way.
 
     Args:
-        path: a .safetensors file, an index of shards, or a diffusers folder.
+        path: a .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers
+            folder.
         recipe: name, JSON file or `Recipe`; "float" ports only.
         model: network, or "auto".
+        weights: part of a training checkpoint, see `open_checkpoint`.
         dtype: of parameters that stay in floating point.
 
     Returns:
@@ -37,7 +41,7 @@ def port(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     parts: list[tuple[str, Part]] = []
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, weights) as checkpoint:
         job = plan(checkpoint, recipe, model=model, dtype=dtype)
         run(job, lambda name, part: parts.append((name, part)))
     return SavedModel(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux
+from convert import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -20,28 +20,64 @@ class Source:
     Attributes:
         layouts: the namings that are understood.
         read_config: the model's config from a checkpoint in a layout.
-        to_json: the `config.json` of the export layout.
-        export_layout: the naming that exports use.
+        exports: namings that can be written, the usual one first: name -> the `config.json` that
+            goes with a config. It raises ValueError for one that the naming has no place for.
     """
 
     layouts: tuple[Layout, ...]
     read_config: Callable[[Checkpoint, Layout], Any]
-    to_json: Callable[[Any], dict[str, Any]]
-    export_layout: Layout
+    exports: Mapping[str, Callable[[Any], dict[str, Any]]]
+
+    def export_layout(self, name: str | None = None) -> Layout:
+        """The naming to export in; None for the usual one.
+
+        Raises:
+            ValueError: a naming that cannot be written.
+        """
+        name = name or next(iter(self.exports))
+        if name not in self.exports:
+            raise ValueError(f"layout '{name}' is none of: {', '.join(self.exports)}")
+        return next(layout for layout in self.layouts if layout.name == name)
 
 
 SOURCES = {
     "flux": Source(
         layouts=flux.LAYOUTS,
         read_config=flux.read_config,
-        to_json=flux.to_diffusers_config,
-        export_layout=flux.DIFFUSERS,
+        exports={"diffusers": flux.to_diffusers_config},
     ),
     "dit": Source(
         layouts=dit.LAYOUTS,
         read_config=dit.read_config,
-        to_json=dit.to_diffusers_config,
-        export_layout=dit.DIFFUSERS,
+        exports={"diffusers": dit.to_diffusers_config, "original": dit.to_original_config},
+    ),
+    "pixart": Source(
+        layouts=pixart.LAYOUTS,
+        read_config=pixart.read_config,
+        exports={
+            "diffusers": pixart.to_diffusers_config,
+            "original": pixart.to_original_config,
+        },
+    ),
+    "latte": Source(
+        layouts=latte.LAYOUTS,
+        read_config=latte.read_config,
+        exports={latte.ORIGINAL.name: latte.to_config},
+    ),
+    "latte-t2v": Source(
+        layouts=latte_t2v.LAYOUTS,
+        read_config=latte_t2v.read_config,
+        exports={"diffusers": latte_t2v.to_diffusers_config},
+    ),
+    "stdit": Source(
+        layouts=stdit.LAYOUTS,
+        read_config=stdit.read_config,
+        exports={stdit.ORIGINAL.name: stdit.to_config},
+    ),
+    "stdit3": Source(
+        layouts=stdit3.LAYOUTS,
+        read_config=stdit3.read_config,
+        exports={stdit3.ORIGINAL.name: stdit3.to_config},
     ),
 }
 
@@ -58,7 +94,7 @@ def recognise(checkpoint: Checkpoint, model: str = "auto") -> tuple[str, Layout]
     names = set(checkpoint.names)
     for name in SOURCES if model == "auto" else (model,):
         for layout in SOURCES[name].layouts:
-            if layout.marker in names:
+            if layout.matches(names):
                 return name, layout
     wanted = f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(SOURCES)})"
     example = (

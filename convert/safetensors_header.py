@@ -47,15 +47,21 @@ DTYPES: dict[str, np.dtype] = {
 _IMPOSTORS = (
     (b"version ", "is a Git LFS pointer, not the weights: run `git lfs pull`"),
     (b"GGUF", "is a GGUF file: give the original .safetensors instead"),
-    (b"PK\x03\x04", "is a zip, probably a PyTorch pickle: re-save it as .safetensors"),
-    (b"\x80\x02", "is a Python pickle: re-save it as .safetensors"),
+    (b"PK\x03\x04", "is a zip, probably a PyTorch checkpoint: rename it to .pt"),
+    (b"\x80\x02", "is a Python pickle, perhaps a PyTorch checkpoint: rename it to .pt"),
     ((b"<!", b"<html"), "is a web page, not the weights: download the file again"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One tensor of a file: `nbytes` bytes, row-major, from byte `offset` of `path`."""
+    """One tensor of a file, from byte `offset` of `path`.
+
+    Attributes:
+        nbytes: of the dense array.
+        strides: step along each axis in elements, where the file holds it in another order than
+            row-major or with gaps; None for the usual one.
+    """
 
     name: str
     dtype: np.dtype
@@ -63,6 +69,20 @@ class TensorInfo:
     nbytes: int
     path: Path
     offset: int
+    strides: tuple[int, ...] | None = None
+
+    @property
+    def span(self) -> int:
+        """Bytes of the file from the first element to the end of the last."""
+        if self.strides is None or self.nbytes == 0:
+            return self.nbytes
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        return (1 + last) * self.dtype.itemsize
+
+
+def impostor(first: bytes) -> str | None:
+    """What a file is, that is not what its name says, by its first bytes; None when unknown."""
+    return next((problem for magic, problem in _IMPOSTORS if first.startswith(magic)), None)
 
 
 def quote(value: Any) -> str:
@@ -182,9 +202,8 @@ def _header_length(first: bytes, path: Path, size: int) -> int:
         raise CheckpointError(path, f"is truncated: {size} bytes, a header needs at least 8")
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER_BYTES:
-        for magic, problem in _IMPOSTORS:
-            if first.startswith(magic):
-                raise CheckpointError(path, problem)
+        if problem := impostor(first):
+            raise CheckpointError(path, problem)
         limit = f"the format allows {MAX_HEADER_BYTES}"
         raise CheckpointError(path, f"header length {length}, {limit}; not a safetensors file?")
     if length > size - 8:

@@ -2,14 +2,16 @@
 
 One `Row` per linear, table or norm scale. A row's sources are concatenated along the output axis
 (fused matrices); the same rows, read backwards, split a tree into source tensors for the way back.
+A `Constant` is a tensor of the source that is no parameter here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
@@ -23,6 +25,8 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 class Row:
     """Where one linear (weight and bias) or one vector comes from; `{i}` stands for the layer.
 
+    Where a source numbers pairs of blocks through, `{even}` and `{odd}` are the blocks of layer i.
+
     Attributes:
         target: our path, without "kernel"/"bias" for a linear.
         sources: source names, without ".weight"/".bias" for a linear; concatenated in this order.
@@ -33,6 +37,8 @@ class Row:
             convolution over patches that is our linear.
         repeated: a stack; the source is stored once in each of its layers (`{i}`), all equal. One
             is kept, see `check_copies`; the way back writes all of them.
+        optional: some configs have no such parameter, or not in every layer (FLUX.1-schnell has no
+            guidance embedder); the row is then left out.
     """
 
     target: str
@@ -42,6 +48,26 @@ class Row:
     vector: bool = False
     kernel_tail: Callable[[Any], tuple[int, ...]] | None = None
     repeated: str | None = None
+    optional: bool = False
+
+    def parameters(self) -> dict[str, str]:
+        """Suffixes of the target's parameters, with those of the sources."""
+        return {"": ""} if self.vector else {"/kernel": ".weight", "/bias": ".bias"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A tensor of the source that our model computes: compared, not kept; an export writes it.
+
+    Attributes:
+        source: its name.
+        value: the numbers it must have, in its shape, from the config; none larger than 1.
+        optional: some publishers leave it out of their files.
+    """
+
+    source: str
+    value: Callable[[Any], Any]
+    optional: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +79,20 @@ class Layout:
         marker: a tensor that only this layout has.
         rows: the table.
         stacks: our stack -> the config field with its number of layers.
-        skip_row: rows absent under a config (a schnell checkpoint has no guidance embedder).
+        constants: what the source stores and our model computes, as fixed position tables.
+        without: a tensor that another network's layout has besides the marker.
     """
 
     name: str
     marker: str
     rows: tuple[Row, ...]
     stacks: Mapping[str, str]
-    skip_row: Callable[[Row, Any], bool] = lambda row, config: False
+    constants: tuple[Constant, ...] = ()
+    without: str | None = None
+
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether tensors of these names look like this layout."""
+        return self.marker in names and self.without not in names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +146,11 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
         prefix = f"{stack}/{{i}}/" if layer else ""
         for row in layout.rows:
             if row.target.startswith(prefix) and bool(layer) == ("{i}" in row.target):
-                if not layout.skip_row(row, config):
-                    repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
-                    leaves += _row_leaves(
-                        row, row.target.removeprefix(prefix), part, layer, repeats, config, paths
-                    )
+                target = row.target.removeprefix(prefix)
+                if row.optional and not any(target + end in paths for end in row.parameters()):
+                    continue
+                repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
+                leaves += _row_leaves(row, target, part, layer, repeats, config, paths)
         covered = {leaf.path for leaf in leaves if leaf.part == part}
         if covered != set(paths):
             missing = sorted(set(paths) ^ covered)
@@ -126,11 +158,14 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
     return leaves
 
 
+def _numbered(name: str, layer: int) -> str:
+    return name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
+
+
 def _row_leaves(
     row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
 ) -> Iterator[Leaf]:
-    kinds = [("", "")] if row.vector else [("/kernel", ".weight"), ("/bias", ".bias")]
-    for suffix, source_suffix in kinds:
+    for suffix, source_suffix in row.parameters().items():
         shape = paths[target + suffix]
         tail = shape[1:]
         if suffix == "/kernel":
@@ -141,16 +176,21 @@ def _row_leaves(
         yield Leaf(
             part=part,
             path=target + suffix,
-            sources=tuple(name.format(i=layer or 0) for name in names),
+            sources=tuple(_numbered(name, int(layer or 0)) for name in names),
             sizes=sizes,
             shape=shape,
             swap_halves=row.swap_halves,
             tail=tail,
-            copies=tuple(name.format(i=i) for i in range(1, repeats) for name in names),
+            copies=tuple(_numbered(name, i) for i in range(1, repeats) for name in names),
         )
 
 
-def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
+def check(
+    checkpoint: Checkpoint,
+    leaves: Sequence[Leaf],
+    what: str,
+    constants: Mapping[Constant, np.ndarray],
+) -> None:
     """Compare names, shapes and dtypes with what a model needs.
 
     Raises:
@@ -158,6 +198,11 @@ def check(checkpoint: Checkpoint, leaves: Sequence[Leaf], what: str) -> None:
     """
     expected = {name: shape for leaf in leaves for name, shape in leaf.source_shapes().items()}
     names = set(checkpoint.names)
+    expected |= {
+        constant.source: value.shape
+        for constant, value in constants.items()
+        if constant.source in names or not constant.optional
+    }
     problems = [
         f"missing tensor '{n}' {s} of {what}" for n, s in sorted(expected.items()) if n not in names
     ]
@@ -197,6 +242,29 @@ def check_copies(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> None:
                         f"the model has one '{leaf.path}' for all layers"
                     )
                 checkpoint.release(name)
+    if problems:
+        raise CheckpointError(checkpoint.source, problems)
+
+
+def check_constants(checkpoint: Checkpoint, constants: Mapping[Constant, np.ndarray]) -> None:
+    """Compare the tensors that our model computes, to 1e-6 or half a step of their own dtype.
+
+    Raises:
+        CheckpointError: every one that differs, or holds NaN, at once.
+    """
+    problems = []
+    for constant, value in constants.items():
+        name = constant.source
+        if name in checkpoint.names:
+            stored = checkpoint.read(name)
+            bound = max(1e-6, float(ml_dtypes.finfo(stored.dtype).eps) / 2)
+            error = np.abs(stored.astype(np.float64) - value).max(initial=0)
+            if not error <= bound:  # NaN too
+                problems.append(
+                    f"tensor '{name}' differs by {error:.3g} from what the model computes in its "
+                    f"place, by more than {bound:.3g}: another model, or a trained table"
+                )
+            checkpoint.release(name)
     if problems:
         raise CheckpointError(checkpoint.source, problems)
 

@@ -29,7 +29,7 @@ def linear(
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
-    gate: Float[Array, "b n"] | None = None,
+    gate: Float[Array, "b ... n"] | None = None,
     residual: Float[Array, "... n"] | None = None,
 ) -> Float[Array, "... n"]:
     """`residual + gate * (before(x) @ kernel + bias)`, summed in float32, in the dtype of `x`.
@@ -46,7 +46,7 @@ def linear(
         kernel: weights.
         bias: added to the product.
         before: what happens to x first, such as `models.layers.AdaLN`.
-        gate: one factor per batch entry and output; x is (b, t, k).
+        gate: factors of the outputs, one vector per sample or per frame, see `over_tokens`.
         residual: what the gated product is added to.
 
     Raises:
@@ -57,6 +57,15 @@ def linear(
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
     product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
     return product(x, kernel, bias, before, gate, residual)
+
+
+def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
+    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
+
+    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
+    """
+    ones = (1,) * (x.ndim - vectors.ndim)
+    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
 
 
 def logical_shape(kernel) -> tuple[int, ...]:
@@ -72,7 +81,7 @@ def _float_linear(x, kernel, bias, before, gate, residual):
         y = y + bias.astype(jnp.float32)
     y = y.astype(x.dtype)
     if gate is not None:
-        y = gate[:, None] * y
+        y = over_tokens(gate, y) * y
     return y if residual is None else residual + y
 
 
@@ -118,7 +127,7 @@ def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
         format=weight.format,
         group=weight.group,
         bias=bias,
-        gate=gate,
+        gate=None if gate is None else gate.reshape(-1, n),
         residual=None if residual is None else residual.reshape(-1, n),
         out_dtype=x.dtype if x.dtype == jnp.bfloat16 else jnp.float32,
     )

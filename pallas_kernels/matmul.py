@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from pallas_kernels import packing, reference, tiles, unpack
-from pallas_kernels.dispatch import DEFAULT_GENERATION, generation
+from pallas_kernels import reference, tiles, unpack
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.matmul_plan import Spec, choose_tile, gate_fits
 from pallas_kernels.operands import Operands
-from pallas_kernels.tile_table import TILES
 from pallas_kernels.tiles import Tile
 
 # An int32 sum of a part that starts from the bits of the float 1.5 * 2^23 is, bit for bit, that
@@ -41,27 +40,13 @@ class _Refs(NamedTuple):
 
     x: Array
     w: Array
-    scale: Array  # float32[p, n], one row per part: k that is summed before it is scaled
-    sums: Array | None = None  # [m, p], int32 or float32: of x over every part
-    shift: Array | None = None  # [p, n], like sums: what to take off a stored code, zero included
+    scale: Array  # float32[n, g]
+    sums: Array | None = None  # [m, p], int32 or float32: of x over every part, see `Spec`
+    zero: Array | None = None  # int8[n, g]
     x_scale: Array | None = None  # float32[m, 1]
     bias: Array | None = None  # float32[1, n]
     gate: Array | None = None  # [b, n]
     residual: Array | None = None  # [m, n]
-
-
-class _Spec(NamedTuple):
-    """What a program knows while it is traced."""
-
-    m: int
-    n: int
-    k: int
-    format: str
-    part: int | None  # inputs that are summed before they are scaled; None: all of them
-    base: int  # taken off a stored code, zero points apart
-    rows_per_gate: int
-    tile: Tile
-    interpret: bool
 
 
 @functools.partial(jax.jit, static_argnames=("out_dtype", "tile", "interpret"))
@@ -82,38 +67,30 @@ def matmul(
     """
     x, w = operands.x, operands.w
     tiles.refuse_empty(x, w)
-    (m, k), n = x.shape, w.shape[0]
-    tile = tile or choose_tile(operands)
-    integer = x.dtype == jnp.int8
-    if not integer and x.dtype != jnp.bfloat16:
+    if x.dtype not in (jnp.int8, jnp.bfloat16):
         raise NotImplementedError(f"the kernel takes int8 codes and bfloat16, not {x.dtype}")
-    if not _gate_fits(operands, tile):
+    tile = tile or choose_tile(operands)
+    if not gate_fits(operands, tile):
         bare = dataclasses.replace(operands, gate=None, residual=None)
         y = matmul(bare, tile=tile, interpret=interpret)
         return reference.epilogue(y, None, operands.gate, operands.residual, out_dtype)
-    spec = _Spec(
-        m=m,
-        n=n,
-        k=k,
-        format=operands.format,
-        part=_part(operands, tile),
-        base=unpack.base(operands.format, integer),
-        rows_per_gate=m if operands.gate is None else m // operands.gate.shape[0],
-        tile=tile,
-        interpret=interpret,
-    )
+    spec = Spec.of(operands, tile, interpret)
+    m, n = spec.m, spec.n
     refs = _Refs(
         x=x,
         w=w,
+        scale=_for_rows(operands.scale, n),
+        sums=_sums(operands, spec),
+        zero=None if operands.zero is None else _for_rows(operands.zero, n),
         x_scale=operands.x_scale,
-        **_by_part(operands, spec),  # type: ignore[arg-type]
         bias=None if operands.bias is None else operands.bias.astype(jnp.float32)[None],
         gate=operands.gate,
         residual=operands.residual,
     )
-    step = {"x": (tile.m, tile.k), "w": (tile.n, _step_bytes(spec)), "residual": (tile.m, tile.n)}
+    step = {"x": (tile.m, tile.k), "w": (tile.n, spec.step_bytes), "residual": (tile.m, tile.n)}
     step |= dict.fromkeys(("x_scale", "sums"), (tile.m, 1))
-    step |= dict.fromkeys(("scale", "shift", "bias", "gate"), (1, tile.n))
+    step |= dict.fromkeys(("scale", "zero"), (tile.n, 1))
+    step |= dict.fromkeys(("bias", "gate"), (1, tile.n))
     present = {name: ref for name, ref in refs._asdict().items() if ref is not None}
     return pl.pallas_call(
         functools.partial(_kernel, spec=spec, names=tuple(present)),
@@ -128,66 +105,23 @@ def matmul(
     )(*present.values())
 
 
-def choose_tile(operands: Operands) -> Tile:
-    """The tile of `tile_table` for these operands on this process's GPU, else on the A100."""
-    acts = "a8" if operands.x.dtype == jnp.int8 else "a16"
-    op = f"{operands.format}_{acts}" + ("" if operands.group is None else "_grouped")
-    table = TILES.get(generation(), TILES[DEFAULT_GENERATION])[op]
-    tile = next(tile for most, tile in table if operands.x.shape[0] <= most)
-    group = operands.group
-    if operands.format == "int8" and group in (32, 64) and group < tile.k:
-        return dataclasses.replace(tile, k=group)  # a step is a group
-    return tile
+def _for_rows(values: Array, n: int) -> Array:
+    """Scales or zero points as stored, [n, g]; one for all rows is written out."""
+    return jnp.broadcast_to(values, (n, values.shape[1]))
 
 
-def _gate_fits(operands: Operands, tile: Tile) -> bool:
-    """Whether no tile holds rows of two batch entries with gates of their own."""
-    gate = operands.gate
-    return gate is None or len(gate) == 1 or (operands.x.shape[0] // len(gate)) % tile.m == 0
-
-
-def _part(operands: Operands, tile: Tile) -> int | None:
-    """k that is summed before it is scaled: a step of the tile, or a group where that is less."""
-    format, group = operands.format, operands.group
-    if format in unpack.RUN and tile.k != packing.BLOCK:
-        raise ValueError(f"tile.k must be {packing.BLOCK} for {format}, got {tile.k}")
-    if group is None:
+def _sums(operands: Operands, spec: Spec) -> Array | None:
+    """Sums of x over every part, 0 for parts behind k; None where nothing is taken off a code."""
+    if not spec.base and operands.zero is None:
         return None
-    if tile.k > packing.BLOCK:
-        raise ValueError(f"tile.k must be at most {packing.BLOCK} for groups, got {tile.k}")
-    run = unpack.RUN.get(format, tile.k)
-    if group % tile.k and (tile.k % group or group % run):
-        raise NotImplementedError(
-            f"groups of {group} are neither whole steps of {tile.k} nor whole runs of {run} in one"
-        )
-    return min(group, tile.k)
-
-
-def _by_part(operands: Operands, spec: _Spec) -> dict[str, Array | None]:
-    """Scales, sums of x and shifts of the codes, one per part; None where nothing is taken off."""
-    zero, n = operands.zero, spec.n
-    parts = 1 if spec.part is None else pl.cdiv(spec.k, spec.tile.k) * (spec.tile.k // spec.part)
-
-    def rows(values):
-        values = jnp.broadcast_to(values, (n, values.shape[1])).T
-        if spec.part is None or operands.group is None:
-            return values
-        values = jnp.repeat(values, operands.group // spec.part, axis=0)[:parts]
-        return jnp.pad(values, ((0, parts - len(values)), (0, 0)))  # behind k all is 0
-
-    if not spec.base and zero is None:
-        return {"scale": rows(operands.scale)}
     sums = operands.sums_of(spec.part or spec.k)
-    sums = jnp.pad(sums, ((0, 0), (0, parts - sums.shape[1])))
-    shift = None if zero is None else rows(zero).astype(sums.dtype) + spec.base
-    return {"scale": rows(operands.scale), "sums": sums, "shift": shift}
+    if spec.part is None:
+        return sums
+    parts = pl.cdiv(spec.k, spec.tile.k) * (spec.tile.k // spec.part)
+    return jnp.pad(sums, ((0, 0), (0, parts - sums.shape[1])))
 
 
-def _step_bytes(spec: _Spec) -> int:
-    return spec.tile.k * FORMATS[spec.format].bits // 8
-
-
-def _kernel(*args, spec: _Spec, names: tuple[str, ...]):
+def _kernel(*args, spec: Spec, names: tuple[str, ...]):
     out_ref = args[-1]
     refs = _Refs(**dict(zip(names, args[:-1], strict=True)))
     tile = spec.tile
@@ -216,31 +150,37 @@ def _kernel(*args, spec: _Spec, names: tuple[str, ...]):
     tiles.store_epilogue(total, (spec.m, spec.n), row, col, refs, spec.rows_per_gate, out_ref)
 
 
-def _start(refs: _Refs, spec: _Spec, row, col, integer: bool, index):
+def _start(refs: _Refs, spec: Spec, row, col, integer: bool, index):
     """What the sum of a part starts from: minus what its codes are too large by, times sum(x)."""
     bm, bn = spec.tile.m, spec.tile.n
     magic = MAGIC_BITS if integer and spec.part is not None else 0
     if refs.sums is None:
         return jnp.full((bm, bn), magic, jnp.int32 if integer else jnp.float32)
-    parts = refs.scale.shape[0]
-    sums = tiles.load(refs.sums, (spec.m, parts), row, index, (bm, 1))
+    sums = tiles.load(refs.sums, (spec.m, refs.sums.shape[1]), row, index, (bm, 1))
     shift = spec.base
-    if refs.shift is not None:
-        shift = tiles.load(refs.shift, (parts, spec.n), index, col, (1, bn))
+    if refs.zero is not None:
+        shift += _column(refs.zero, spec, col, index).astype(sums.dtype)
     return jnp.broadcast_to(magic - sums * shift, (bm, bn))
 
 
-def _scaled(part, refs: _Refs, spec: _Spec, col, index):
+def _scaled(part, refs: _Refs, spec: Spec, col, index):
     """The sum of a part times its scale, float32[bm, bn]."""
     if part.dtype == jnp.int32 and spec.part is not None:
         part = jax.lax.bitcast_convert_type(part, jnp.float32) - MAGIC
-    scale = tiles.load(refs.scale, (refs.scale.shape[0], spec.n), index, col, (1, spec.tile.n))
-    return part.astype(jnp.float32) * scale
+    return part.astype(jnp.float32) * _column(refs.scale, spec, col, index)
 
 
-def _runs(w_ref, spec: _Spec, col, i, integer: bool) -> Iterator[tuple[int, int, Array]]:
+def _column(ref, spec: Spec, col, index):
+    """[1, bn]: the entries of [n, g] for the group that part `index` lies in."""
+    groups = ref.shape[1]
+    if spec.part is not None:  # a part behind k has no group; its sums are 0
+        index = jnp.minimum(index * spec.part // spec.group, groups - 1)
+    return tiles.load_column(ref, (spec.n, groups), col, index, spec.tile.n)[None]
+
+
+def _runs(w_ref, spec: Spec, col, i, integer: bool) -> Iterator[tuple[int, int, Array]]:
     """(first, last + 1, codes[bn, run]) of the contiguous runs of k in step i of the weights."""
-    first, stored = i * _step_bytes(spec), (spec.n, FORMATS[spec.format].stored_size(spec.k))
+    first, stored = i * spec.step_bytes, (spec.n, FORMATS[spec.format].stored_size(spec.k))
 
     def read(start, width):
         return tiles.load(w_ref, stored, col, first + start, (spec.tile.n, width))

@@ -56,6 +56,16 @@ def load(ref, size: tuple[int, int], row, col, shape: tuple[int, int]):
     return pltriton.load(tile, mask=mask, other=None if mask is None else 0)
 
 
+def load_column(ref, size: tuple[int, int], row, col, rows: int):
+    """`rows` entries, from (row, col) downwards, of a covered array of this size; 0 behind."""
+    mask = None
+    if ref.shape[0] != size[0]:
+        mask = row + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < size[0]
+    col = np.int32(col) if isinstance(col, int) else col  # interpret mode asks for its shape
+    column = ref.at[pl.ds(row, rows), col]
+    return pltriton.load(column, mask=mask, other=None if mask is None else 0)
+
+
 def store(ref, size: tuple[int, int], row, col, value) -> None:
     """Writes a tile at (row, col) of a covered array of this size, but not behind its edges."""
     tile = ref.at[pl.ds(row, value.shape[0]), pl.ds(col, value.shape[1])]

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from lowbit_jax.models.layers import BlockStack, Linear
+from lowbit_jax.models.layers import BlockStack, Linear, attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ class BertBlock(nn.Module):
             out = linear(config.hidden_size, name=name)(x)
             return out.reshape(*out.shape[:2], config.num_heads, -1)
 
-        mixed = _masked_attention(heads("query"), heads("key"), heads("value"), mask)
+        mixed = attention(heads("query"), heads("key"), heads("value"), mask).reshape(x.shape)
         x = norm(name="attn_norm")(x + linear(config.hidden_size, name="proj")(mixed))
         hidden = nn.gelu(linear(config.mlp_size, name="mlp_in")(x), approximate=False)
         return (norm(name="mlp_norm")(x + linear(config.hidden_size, name="mlp_out")(hidden)),)
@@ -106,8 +105,8 @@ class BertEncoder(nn.Module):
         x += embed(config.type_vocab_size, name="type_embed")(jnp.zeros_like(ids))
         x = nn.LayerNorm(epsilon=config.norm_eps, dtype=self.dtype, name="embed_norm")(x)
 
-        make_block = partial(BertBlock, config, self.dtype, parent=None)
-        (x,) = BlockStack(make_block, config.num_layers, name="blocks")((x,), mask)
+        block = BertBlock(config, self.dtype, parent=None)
+        (x,) = BlockStack(lambda layer: block, config.num_layers, name="blocks")((x,), mask)
         return masked_mean(x, mask)
 
 
@@ -118,13 +117,3 @@ def masked_mean(
     x = x * mask[..., None].astype(x.dtype)
     count = jnp.maximum(mask.sum(axis=1), 1).astype(jnp.float32)
     return x, (x.sum(axis=1, dtype=jnp.float32) / count[:, None]).astype(x.dtype)
-
-
-def _masked_attention(q, k, v, mask) -> Float[Array, "b t k"]:
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    # A finite minimum: a row of nothing but padding stays finite (and is zeroed at the end).
-    lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, lowest)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhts,bshd->bthd", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(*out.shape[:2], -1).astype(v.dtype)

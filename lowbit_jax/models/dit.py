@@ -7,25 +7,23 @@ blocks). Shape letters: b batch, c latent channels, s sample size, t tokens, k w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lowbit_jax.models.layers import (
+    MLP,
     AdaLN,
     BlockStack,
-    Gelu,
     Linear,
     MLPEmbedder,
-    attention,
-    split_heads,
+    SelfAttention,
     timestep_embedding,
 )
+from lowbit_jax.models.patches import PatchEmbedder, picture, position_table
 
 TIME_DIM = 256  # width of the sinusoidal embedding of time
 
@@ -110,47 +108,6 @@ DIT_XL_2_256 = dit("XL", 2)
 DIT_XL_2_512 = dit("XL", 2, sample_size=64)
 
 
-def position_table(grid: int, width: int) -> Float[np.ndarray, "t k"]:
-    """Fixed sin-cos positions of a `grid` x `grid` picture, row by row; float32.
-
-    Half of the channels for the column, half for the row, each [sin, cos] at frequencies
-    10000^(-i / (width/4)); computed in float64.
-    """
-    omega = 10000.0 ** (-np.arange(width // 4) / (width // 4))
-    rows, columns = np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij")
-    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]
-    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
-    return np.concatenate(parts, axis=-1).astype(np.float32)
-
-
-def patches(x: Float[Array, "b c s s"], size: int) -> Float[Array, "b t c_p_p"]:
-    """Cut into `size` x `size` patches, row by row; inside a patch "c row column"."""
-    b, c, s, _ = x.shape
-    cut = x.reshape(b, c, s // size, size, s // size, size)
-    return cut.transpose(0, 2, 4, 1, 3, 5).reshape(b, (s // size) ** 2, c * size * size)
-
-
-def picture(x: Float[Array, "b t p_p_c"], size: int, channels: int) -> Float[Array, "b c s s"]:
-    """Join patches laid out "row column c", as the final layer makes them."""
-    b, t, _ = x.shape
-    grid = round(t**0.5)
-    cut = x.reshape(b, grid, grid, size, size, channels)
-    return cut.transpose(0, 5, 1, 3, 2, 4).reshape(b, channels, grid * size, grid * size)
-
-
-class PatchEmbedder(nn.Module):
-    """A linear over flattened patches: the published convolution, whose stride is its size."""
-
-    config: DiTConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b c s s"]) -> Float[Array, "b t k"]:
-        """Embed every patch."""
-        tokens = patches(x, self.config.patch_size)
-        return Linear(self.config.hidden_size, dtype=self.dtype, name="proj")(tokens)
-
-
 class LabelEmbedder(nn.Module):
     """One vector per class and one, the last, for no class."""
 
@@ -167,39 +124,6 @@ class LabelEmbedder(nn.Module):
         return out.astype(self.dtype)
 
 
-class Attention(nn.Module):
-    """Fused qkv, softmax attention, output projection, on a residual stream."""
-
-    config: DiTConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t k"], before: AdaLN, gate: Float[Array, "b k"]
-    ) -> Float[Array, "b t k"]:
-        """x plus the gated result of attending over all tokens."""
-        width = self.config.hidden_size
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
-        out = attention(*split_heads(qkv, self.config.num_heads)).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=x)
-
-
-class MLP(nn.Module):
-    """Linear, tanh GELU, Linear, on a residual stream."""
-
-    config: DiTConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t k"], before: AdaLN, gate: Float[Array, "b k"]
-    ) -> Float[Array, "b t k"]:
-        """x plus the gated result."""
-        hidden = Linear(self.config.mlp_size, dtype=self.dtype, name="fc1")(x, before=before)
-        out = Linear(self.config.hidden_size, dtype=self.dtype, name="fc2")
-        return out(hidden, before=Gelu(), gate=gate, residual=x)
-
-
 class Block(nn.Module):
     """adaLN-Zero: attention and MLP, each shifted, scaled and gated by the condition."""
 
@@ -207,14 +131,19 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"], condition: Float[Array, "b k"]):
-        """Update the tokens; `condition` is SiLU(c). Returns a 1-tuple (the carry of the stack)."""
+    def __call__(self, x: Float[Array, "b ... t k"], condition: Float[Array, "b k"]):
+        """Update the tokens; `condition` is SiLU(c). Returns a 1-tuple (the carry of the stack).
+
+        Axes between b and t (the frames of a video) are batch to the attention.
+        """
         config, dtype = self.config, self.dtype
         mod = Linear(6 * config.hidden_size, dtype=dtype, name="adaLN_modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)
-        x = Attention(config, dtype, name="attn")(x, AdaLN(shift1, scale1), gate1)
+        attend = SelfAttention(config.num_heads, dtype, name="attn")
+        x = attend(x, before=AdaLN(shift1, scale1), gate=gate1, residual=x)
+        mlp = MLP(config.mlp_size, config.hidden_size, dtype, name="mlp")
         before = AdaLN(shift2, scale2, config.mlp_norm_eps)
-        return (MLP(config, dtype, name="mlp")(x, before, gate2),)
+        return (mlp(x, before=before, gate=gate2, residual=x),)
 
 
 class FinalLayer(nn.Module):
@@ -224,7 +153,7 @@ class FinalLayer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"], condition: Float[Array, "b k"]):
+    def __call__(self, x: Float[Array, "b ... t k"], condition: Float[Array, "b k"]):
         """Patches, inside a patch "row column c"; `condition` is SiLU(c)."""
         config = self.config
         mod = Linear(2 * config.hidden_size, dtype=self.dtype, name="adaLN_modulation")(condition)
@@ -268,19 +197,20 @@ class DiTTransformer(nn.Module):
         needed = (config.in_channels, config.sample_size, config.sample_size)
         if x.shape[1:] != needed:
             raise ValueError(f"latents have shape {x.shape[1:]}, this DiT needs {needed}")
-        tokens = PatchEmbedder(config, self.dtype, name="x_embedder")(x.astype(self.dtype))
-        positions = position_table(config.grid, config.hidden_size)
-        tokens = (tokens + positions).astype(self.dtype)
+        embed = PatchEmbedder(config.hidden_size, config.patch_size, self.dtype, name="x_embedder")
+        grid = (config.grid, config.grid)
+        positions = position_table(grid, config.hidden_size)
+        tokens = (embed(x.astype(self.dtype)) + positions).astype(self.dtype)
         time = timestep_embedding(timestep, TIME_DIM, scale=1.0, shift=config.time_shift)
         embed_time = MLPEmbedder(config.hidden_size, self.dtype, name="t_embedder")
         embed_label = LabelEmbedder(config, self.dtype, name="y_embedder")
         condition = nn.silu(embed_time(time.astype(self.dtype)) + embed_label(labels))
 
-        block = partial(Block, config, self.dtype, parent=None)
-        stack = BlockStack(block, config.depth, remat=self.remat, name="blocks")
+        block = Block(config, self.dtype, parent=None)
+        stack = BlockStack(lambda layer: block, config.depth, remat=self.remat, name="blocks")
         (tokens,) = stack((tokens,), condition)
         out = FinalLayer(config, self.dtype, name="final_layer")(tokens, condition)
-        return picture(out, config.patch_size, config.out_channels)
+        return picture(out, config.patch_size, grid)
 
 
 def abstract_params(config: DiTConfig, dtype: Any = jnp.bfloat16) -> Any:

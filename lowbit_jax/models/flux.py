@@ -277,14 +277,13 @@ class FluxTransformer(nn.Module):
         ids = jnp.concatenate([jnp.asarray(txt_ids), jnp.asarray(img_ids)], axis=0)
         angles = rotary_angles(ids, config.axes_dim, config.theta)
 
-        double = partial(DoubleBlock, config, self.dtype, parent=None)
-        single = partial(SingleBlock, config, self.dtype, parent=None)
+        double = DoubleBlock(config, self.dtype, parent=None)
+        single = SingleBlock(config, self.dtype, parent=None)
         stack = partial(BlockStack, remat=self.remat)
-        img, txt = stack(double, config.depth, name="double_blocks")((img, txt), vec, angles)
-        joint = jnp.concatenate([txt, img], axis=1)
-        (joint,) = stack(single, config.depth_single_blocks, name="single_blocks")(
-            (joint,), vec, angles
-        )
+        run_double = stack(lambda layer: double, config.depth, name="double_blocks")
+        img, txt = run_double((img, txt), vec, angles)
+        run_single = stack(lambda layer: single, config.depth_single_blocks, name="single_blocks")
+        (joint,) = run_single((jnp.concatenate([txt, img], axis=1),), vec, angles)
         return FinalLayer(config, self.dtype, name="final_layer")(joint[:, txt.shape[1] :], vec)
 
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from lowbit_jax import ops
+from lowbit_jax.ops import over_tokens
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
 
@@ -112,13 +114,16 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
 
 
 def modulate(
-    x: Float[Array, "b t k"],
-    shift: Float[Array, "b k"],
-    scale: Float[Array, "b k"],
+    x: Float[Array, "b ... t k"],
+    shift: Float[Array, "b ... k"],
+    scale: Float[Array, "b ... k"],
     eps: float = 1e-6,
-) -> Float[Array, "b t k"]:
-    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2)."""
-    return layer_norm(x, eps) * (1 + scale[:, None]) + shift[:, None]
+) -> Float[Array, "b ... t k"]:
+    """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2).
+
+    `shift` and `scale` are vectors per sample or per frame, see `ops.over_tokens`.
+    """
+    return layer_norm(x, eps) * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
 
 
 @jax.tree_util.register_dataclass
@@ -127,22 +132,25 @@ class AdaLN:
     """`modulate` before a product: `Linear(...)(x, before=AdaLN(shift, scale))`.
 
     Attributes:
-        shift: added, one value per channel of each batch entry.
+        shift: added, one vector per sample or per frame.
         scale: multiplied, as 1 + scale.
         eps: of the norm.
     """
 
-    shift: Float[Array, "b k"]
-    scale: Float[Array, "b k"]
+    shift: Float[Array, "b ... k"]
+    scale: Float[Array, "b ... k"]
     eps: float = field(default=1e-6, metadata={"static": True})
 
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
+    def __call__(self, x: Float[Array, "b ... t k"]) -> Float[Array, "b ... t k"]:
         """In floating point."""
         return modulate(x, self.shift, self.scale, self.eps)
 
-    def quantize_rows(self, x: Float[Array, "b t k"], bits: int) -> QuantizedRows:
+    def quantize_rows(self, x: Float[Array, "b ... t k"], bits: int) -> QuantizedRows:
         """In one pass with the quantisation; float32 up to the codes."""
-        return api.modulate_quantize_rows(x, self.shift, self.scale, bits, eps=self.eps)
+        shift, scale = (vectors.reshape(-1, x.shape[-1]) for vectors in (self.shift, self.scale))
+        tokens = x.reshape(len(shift), -1, x.shape[-1])
+        rows = api.modulate_quantize_rows(tokens, shift, scale, bits, eps=self.eps)
+        return QuantizedRows(*(part.reshape(*x.shape[:-1], -1) for part in rows))
 
 
 @jax.tree_util.register_dataclass
@@ -207,38 +215,50 @@ def apply_rotary(
 
 
 def attention(
-    q: Float[Array, "b t h d"], k: Float[Array, "b s h d"], v: Float[Array, "b s h d"]
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s h d"],
+    v: Float[Array, "b s h d"],
+    mask: Bool[Array, "b s"] | None = None,
 ) -> Float[Array, "b t h d"]:
-    """Softmax attention, scale 1/sqrt(d), no mask; softmax and accumulation in float32.
+    """Softmax attention, scale 1/sqrt(d); softmax and accumulation in float32.
 
-    On CUDA in bfloat16 this is cuDNN's fused attention. Elsewhere queries are taken in chunks, so
-    the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is larger).
+    On CUDA in bfloat16 without a mask this is cuDNN's fused attention. Elsewhere queries are taken
+    in chunks, so the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is
+    larger).
+
+    Args:
+        q, k, v: queries, keys, values.
+        mask: keys that may be attended to; the others have weight zero exactly, unless none may.
     """
     fused_can = (
-        q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+        mask is None
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] <= 128
+        and q.shape[-1] % 8 == 0
     )
     # cuDNN is looked up while tracing, so `lax.platform_dependent` cannot choose it
     if fused_can and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _chunked_attention(q, k, v)
+    return _chunked_attention(q, k, v, mask)
 
 
-def _chunked_attention(q, k, v):
+def _chunked_attention(q, k, v, mask=None):
     b, t, h, d = q.shape
     row_bytes = 4 * b * h * k.shape[1]
     chunk = max(1, min(t, MAX_SCORE_BYTES // row_bytes))
     if chunk == t:
-        return _full_attention(q, k, v)
+        return _full_attention(q, k, v, mask)
     chunks = -(-t // chunk)
     chunk = -(-t // chunks)  # even chunks waste the fewest padded rows
     padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - t), (0, 0), (0, 0)))
     stacked = padded.reshape(b, chunks, chunk, h, d).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: _full_attention(part, k, v), stacked)
+    out = jax.lax.map(lambda part: _full_attention(part, k, v, mask), stacked)
     return out.swapaxes(0, 1).reshape(b, chunks * chunk, h, d)[:, :t]
 
 
-def _full_attention(q, k, v):
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+def _full_attention(q, k, v, mask):
+    mask = None if mask is None else mask[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
 def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
@@ -248,27 +268,115 @@ def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, 
     return q, k, v
 
 
+class SelfAttention(nn.Module):
+    """Fused qkv, attention of every token to all, output projection.
+
+    Attributes:
+        heads: attention heads.
+        dtype: of activations and products.
+        qk_norm: whether queries and keys are RMS-normalised, per head.
+    """
+
+    heads: int
+    dtype: Dtype
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*b t k"],
+        angles: Float[Array, "t d2"] | None = None,
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b k"] | None = None,
+        residual: Float[Array, "*b t k"] | None = None,
+    ) -> Float[Array, "*b t k"]:
+        """Attend over the tokens t, at rotary `angles`; all axes before them are batch.
+
+        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
+        """
+        width = x.shape[-1]
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
+        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+        if self.qk_norm:
+            q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
+        if angles is not None:
+            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
+        out = attention(q, k, v).reshape(x.shape)
+        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=residual)
+
+
+class CrossAttention(nn.Module):
+    """Queries from the tokens, fused keys and values from a context, output projection."""
+
+    heads: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t k"],
+        context: Float[Array, "b s c"],
+        mask: Bool[Array, "b s"],
+        *,
+        residual: Float[Array, "b t k"] | None = None,
+    ) -> Float[Array, "b t k"]:
+        """Attend to the context's tokens that `mask` allows; `residual` is added to the result."""
+        b, t, width = x.shape
+        q = Linear(width, dtype=self.dtype, name="q_linear")(x).reshape(b, t, self.heads, -1)
+        kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")(context)
+        k, v = jnp.moveaxis(kv.reshape(b, -1, 2, *q.shape[2:]), 2, 0)
+        out = attention(q, k, v, mask).reshape(x.shape)
+        return Linear(width, dtype=self.dtype, name="proj")(out, residual=residual)
+
+
+class MLP(nn.Module):
+    """Linear to `hidden`, tanh GELU, Linear to `features`."""
+
+    hidden: int
+    features: int
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b ... n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """Apply to every token.
+
+        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
+        """
+        hidden = Linear(self.hidden, dtype=self.dtype, name="fc1")(x, before=before)
+        out = Linear(self.features, dtype=self.dtype, name="fc2")
+        return out(hidden, before=Gelu(), gate=gate, residual=residual)
+
+
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU in its tanh form, in float32 as torch computes it (on a CPU four times as fast)."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 class BlockStack(nn.Module):
-    """`length` equal blocks whose parameters are stacked along a leading layer axis and scanned.
+    """`length` blocks whose parameters are stacked along a leading layer axis and scanned.
 
     The parameters are `{first layer: block parameters [l, ...]}`: one entry per *segment*, a run of
-    consecutive layers whose trees have the same structure and static formats. A float model is one
-    segment `{"0": ...}`; a mixed-precision one is a short list of them. Compile time grows with the
-    number of segments, not of layers.
+    consecutive layers whose trees have the same structure and static formats. A float model of
+    equal blocks is one segment `{"0": ...}`; one of several kinds of blocks, or of mixed precision,
+    is a short list of them. Compile time grows with the number of segments, not of layers.
 
     Attributes:
-        make_block: builds one unbound block (`parent=None`); called `block(*carry, *constants)`,
-            it returns the next carry (a tuple).
+        make_block: the unbound block (`parent=None`) of a layer; called `block(*carry,
+            *constants)`, it returns the next carry (a tuple). Layers whose blocks are equal (Flax
+            compares their fields) may share a segment.
         length: number of layers.
         remat: keep only each layer's input for the backward pass and compute the rest again.
     """
 
-    make_block: Callable[[], nn.Module]
+    make_block: Callable[[int], nn.Module]
     length: int
     remat: bool = False
 
@@ -277,35 +385,45 @@ class BlockStack(nn.Module):
         """Run `carry` through all layers; `constants` are the same for each."""
         if self.length == 0:
             return carry
-        block = self.make_block()
+        blocks = [self.make_block(layer) for layer in range(self.length)]
         if self.is_initializing():
-            self.param("0", self._init_stack, block, carry, constants)
+            self._init_segments(blocks, carry, constants)
         segments = self.variables["params"]
-        self._check_lengths(segments)
+        self._check_segments(segments, blocks)
 
-        def step(carry, params):
-            return block.apply({"params": params}, *carry, *constants), None
-
-        if self.remat:
-            step = jax.checkpoint(step)
         for first in sorted(segments, key=int):
-            carry, _ = jax.lax.scan(step, carry, segments[first])
+
+            def step(carry, params, block=blocks[int(first)]):
+                return block.apply({"params": params}, *carry, *constants), None
+
+            scanned = jax.checkpoint(step) if self.remat else step
+            carry, _ = jax.lax.scan(scanned, carry, segments[first])
         return carry
 
-    def _init_stack(self, rng, block, carry, constants):
-        init = lambda key: block.init(key, *carry, *constants)["params"]  # noqa: E731
-        return jax.vmap(init)(jax.random.split(rng, self.length))
+    def _init_segments(self, blocks, carry, constants) -> None:
+        def init_stack(rng, block, length):
+            init = lambda key: block.init(key, *carry, *constants)["params"]  # noqa: E731
+            return jax.vmap(init)(jax.random.split(rng, length))
 
-    def _check_lengths(self, segments) -> None:
+        first = 0
+        for block, run in groupby(blocks):
+            length = len(list(run))
+            self.param(str(first), init_stack, block, length)
+            first += length
+
+    def _check_segments(self, segments, blocks) -> None:
+        path = "/".join(self.path)
         at = 0
         for first in sorted(segments, key=int):
-            length = jax.tree.leaves(segments[first])[0].shape[0]
             if int(first) != at:
-                raise ValueError(
-                    f"{'/'.join(self.path)}: segment '{first}' stands where layer {at} begins"
-                )
+                raise ValueError(f"{path}: segment '{first}' stands where layer {at} begins")
+            length = jax.tree.leaves(segments[first])[0].shape[0]
+            for layer in range(at + 1, min(at + length, self.length)):
+                if blocks[layer] != blocks[at]:
+                    raise ValueError(
+                        f"{path}: segment '{first}' holds layers {at} to {at + length - 1}, but "
+                        f"layer {layer} is of another kind; cut the segment there"
+                    )
             at += length
         if at != self.length:
-            raise ValueError(
-                f"{'/'.join(self.path)}: parameters hold {at} layers, the model has {self.length}"
-            )
+            raise ValueError(f"{path}: parameters hold {at} layers, the model has {self.length}")

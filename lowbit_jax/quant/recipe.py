@@ -104,6 +104,15 @@ class Recipe:
         if self.on_nonfinite not in ("error", "keep"):
             raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
 
+    def keeping(self, match: str) -> Recipe:
+        """The same recipe, but kernels whose whole layer path matches stay in floating point.
+
+        Raises:
+            RecipeError: not a regular expression.
+        """
+        rules = (Rule(match=match, weights=None), *self.rules)
+        return dataclasses.replace(self, name=f"{self.name} keeping {match}", rules=rules)
+
     def rule_for(self, layer: str) -> Rule | None:
         """The rule that decides for a layer path: the first that matches, None if none does."""
         index = self._first_match(layer)
@@ -169,6 +178,9 @@ def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 
 BLOCK_LINEARS = r"[a-z_]*blocks/\d+/.*"  # every linear inside a transformer block, modulation too
+# What ViDiT-Q's w8a8.yaml of PixArt also keeps in floating point ("attn2.to_[kv]"), as an option:
+# RECIPES["w8a8"].keeping(CAPTION_KEYS_VALUES)
+CAPTION_KEYS_VALUES = r".*/cross_attn/kv_linear"
 
 
 def _blocks(

@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
+
+from lowbit_jax.samplers.settings import read_settings
+
+_FIXED = {
+    "num_train_timesteps": 1000,
+    "invert_sigmas": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "time_shift_type": "exponential",
+    "stochastic_sampling": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +52,14 @@ class FlowSchedule:
 
     @staticmethod
     def from_json(config: Mapping[str, Any]) -> FlowSchedule:
-        """The schedule of a diffusers `scheduler_config.json`; fields it does not use are ignored.
+        """The schedule of a diffusers `scheduler_config.json`.
 
         Raises:
-            ValueError: a scheduler other than flow-matching Euler.
+            ValueError: another scheduler, an unknown setting or one that is not ported.
         """
-        kind = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if kind != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError(f"scheduler {kind}: only FlowMatchEulerDiscreteScheduler is ported")
-        known = {field.name for field in fields(FlowSchedule)}
-        return FlowSchedule(**{key: value for key, value in config.items() if key in known})
+        return read_settings(
+            FlowSchedule, config, scheduler="FlowMatchEulerDiscreteScheduler", fixed=_FIXED
+        )
 
     def sigmas(self, steps: int, image_tokens: int) -> Float32[np.ndarray, "steps+1"]:
         """The `steps + 1` noise levels from 1 down to exactly 0, computed in float64.

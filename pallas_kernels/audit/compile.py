@@ -22,7 +22,9 @@ import jax
 import numpy as np
 
 from pallas_kernels.audit import sass
+from pallas_kernels.audit.quiet import quiet
 from pallas_kernels.audit.targets import Target
+from pallas_kernels.audit.traffic import Traffic, traffic
 
 _CALL = re.compile(r"custom_call @__gpu\$xla\.gpu\.triton\(")
 _FIELD = re.compile(r'\b(name|num_warps|num_stages|grid_x|grid_y|grid_z) = "?([\w.$-]+)')
@@ -48,7 +50,7 @@ class Kernel:
     """One compiled Pallas-Triton kernel.
 
     `spill_bytes`: stores and loads, per thread. `shared_bytes`: what a block is launched with.
-    `others`: the kernels XLA put around it in the same program.
+    `others`: the kernels XLA put around it in the same program; `traffic`: the whole program's.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Kernel:
     spill_bytes: int
     shared_bytes: int
     others: tuple[str, ...]
+    traffic: Traffic
     function: sass.Function = dataclasses.field(repr=False)
     listing: str = dataclasses.field(repr=False)
 
@@ -91,11 +94,13 @@ def compile_kernels(fn: Callable, specs, target: Target) -> list[Kernel]:
         calls = _pallas_calls(lowered.as_text())
         if not calls:
             raise ValueError(f"{fn} calls no Pallas-Triton kernel")
-        lowered.compile(compiler_options=_dump_options(folder))
-        return _read_dump(Path(folder), calls, target)
+        with quiet():
+            compiled = lowered.compile(compiler_options=_dump_options(folder))
+        moved = traffic(compiled.as_text() or "")
+        return _read_dump(Path(folder), calls, target, moved)
 
 
-def _read_dump(folder: Path, calls: list[dict[str, str]], target: Target) -> list[Kernel]:
+def _read_dump(folder: Path, calls: list[dict[str, str]], target, moved: Traffic) -> list[Kernel]:
     thunks = "\n".join(file.read_text() for file in folder.glob("*thunk_sequence.txt"))
     launches = {match["name"]: match for match in _THUNK.finditer(thunks)}
     wanted, seen = {call["name"] for call in calls}, []
@@ -109,13 +114,13 @@ def _read_dump(folder: Path, calls: list[dict[str, str]], target: Target) -> lis
         raise ToolError("XLA left no PTX: is jax's persistent compilation cache on?")
     if missing := wanted - set(found) | wanted - set(launches):
         raise ToolError(f"XLA's output lacks {sorted(missing)}; it has {seen}, {sorted(launches)}")
-    return [_kernel(call, found[call["name"]], launches, seen, target) for call in calls]
+    return [_kernel(call, found[call["name"]], launches, seen, target, moved) for call in calls]
 
 
-def _kernel(call, assembled, launches, seen, target) -> Kernel:
+def _kernel(call, assembled, launches, seen, target, moved) -> Kernel:
     name = call["name"]
-    resources, listing = assembled
-    registers, spill = resources[name]
+    per_kernel, listing = assembled
+    registers, spill = per_kernel[name]
     return Kernel(
         name=name,
         target=target,
@@ -126,6 +131,7 @@ def _kernel(call, assembled, launches, seen, target) -> Kernel:
         spill_bytes=spill,
         shared_bytes=int(launches[name]["shared"]),
         others=tuple(sorted(set(seen) - {name})),
+        traffic=moved,
         function=sass.parse(listing)[name],
         listing=listing,
     )
@@ -141,11 +147,15 @@ def assemble(ptx: str) -> tuple[dict[str, tuple[int, int]], str]:
         source.write_text(ptx)
         notes = _run(tool("ptxas"), f"-arch={arch[1]}", "-v", str(source), "-o", str(cubin))[1]
         listing = _run(tool("nvdisasm"), "-c", str(cubin))[0]
-    resources = {
+    return resources(notes), listing
+
+
+def resources(notes: str) -> dict[str, tuple[int, int]]:
+    """{kernel: (registers, bytes of spill stores and loads)}, a thread, as `ptxas -v` says."""
+    return {
         match["name"]: (int(match["registers"]), int(match["stores"]) + int(match["loads"]))
         for match in _PTXAS.finditer(notes)
     }
-    return resources, listing
 
 
 @functools.cache
@@ -181,9 +191,11 @@ def _mesh(target: Target) -> jax.sharding.Mesh:
     check_tools()
     from jax.experimental import topologies
 
-    described = topologies.get_topology_desc(
-        target.name, platform="cuda", target_config=target.config(), topology="1x1x1"
-    )
+    with quiet():
+        jax.devices()  # starts the CPU backend and registers the CUDA compiler
+        described = topologies.get_topology_desc(
+            target.name, platform="cuda", target_config=target.config(), topology="1x1x1"
+        )
     return jax.sharding.Mesh(np.array(described.devices), ("gpu",))
 
 
@@ -192,9 +204,12 @@ def _mesh_context(mesh: jax.sharding.Mesh):
     return jax.set_mesh(mesh) if jax.__version_info__ >= (0, 11) else contextlib.nullcontext()
 
 
-def _dump_options(folder: str) -> dict[str, str]:
+def _dump_options(folder: str) -> dict[str, str | bool]:
     # the ptxas read here is also the one XLA asks which PTX version to write
-    options = {"xla_dump_to": folder, "xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1])}
+    options: dict[str, str | bool] = {
+        "xla_dump_to": folder,
+        "xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1]),
+    }
     if jax.__version_info__ >= (0, 11):  # PTX is then only left for the emitters asked for
         options["xla_dump_emitter_re"] = ".*"
     return options

@@ -12,9 +12,11 @@ warp instruction a cycle and has its own pipes):
 * fma: float32 arithmetic (32 / `fp32_lanes` cycles) and integer multiply-adds (2).
 * xu: conversions between integer and float, transcendentals: 4 lanes, 8 cycles.
 * shared: the SRAM that is L1 and shared memory moves 128 bytes a cycle for the whole SM, 32 for a
-  sub-partition when all four are at work. Counted are the bytes of LDS, LDSM, STS, LDGSTS, LDG and
-  STG of a full warp; an access of less than 128 bytes takes the whole cycle. Bank conflicts are not
-  counted.
+  sub-partition when all four are at work. Counted are the bytes of LDS, LDSM, STS, LDGSTS, LDG,
+  STG, SHFL and of spills, for a full warp; what moves less than 128 bytes takes the whole cycle.
+  Bank conflicts are not counted.
+
+The loop is what is modelled: what a block does once, before and after it, is left out.
 
 `bound = useful tensor cycles / the busiest pipe's cycles`. Latency, bank conflicts, L2 and DRAM can
 only lower what a GPU reaches; on sm_90 mma.sync (as against wgmma) cannot reach the pipe's rate.
@@ -47,10 +49,17 @@ class Pipes:
     shared: float
 
     @property
+    def cycles(self) -> dict[str, float]:
+        """Of every pipe; the half arithmetic that shares the tensor pipe is in that one's."""
+        cycles = {"tensor": self.tensor + self.half}
+        return cycles | {
+            name: getattr(self, name) for name in ("issue", "alu", "fma", "xu", "shared")
+        }
+
+    @property
     def busiest(self) -> tuple[str, float]:
         """The limiting pipe and its cycles."""
-        cycles = {"tensor": self.tensor + self.half}
-        cycles |= {name: getattr(self, name) for name in ("issue", "alu", "fma", "xu", "shared")}
+        cycles = self.cycles
         name = max(cycles, key=lambda pipe: cycles[pipe])  # the first of equals: tensor
         return name, cycles[name]
 
@@ -83,7 +92,13 @@ def _macs_rate(instruction: sass.Instruction, target: Target) -> int:
 
 def _wavefronts(instruction: sass.Instruction) -> float:
     """Cycles of the SM's 128-byte-wide SRAM port."""
-    memory = {*sass.SHARED_READS, *sass.SHARED_WRITES, *sass.GLOBAL_READS, "STG", "ST"}
+    memory = {
+        *sass.SHARED_READS,
+        *sass.SHARED_WRITES,
+        *sass.GLOBAL_READS,
+        *sass.OTHER_MOVES,
+        "SHFL",
+    }
     if instruction.never or instruction.root not in memory:
         return 0
     return max(1, 32 * instruction.lane_bytes / SHARED_BYTES_PER_CYCLE)
@@ -105,7 +120,7 @@ def occupancy(registers: int, shared_bytes: int, num_warps: int, target: Target)
     shared = -(-(shared_bytes + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT
     limits = {
         "registers": by_registers // num_warps,
-        "shared memory": target.shared_per_sm // shared,
+        "smem": target.shared_per_sm // shared,
         "warps": target.warps_per_sm // num_warps,
         "blocks": target.blocks_per_sm,
     }
@@ -135,7 +150,7 @@ class Report:
     def line(self) -> str:
         """Everything on one line."""
         kernel, pipes = self.kernel, self.pipes
-        where = "loop" if self.loop.is_loop else "whole kernel"
+        where = "loop" if self.loop.is_loop else "unrolled" if self.loop.mma else "whole kernel"
         slowest, cycles = pipes.busiest
         waves = kernel.blocks / max(1, self.occupancy.blocks * kernel.target.sms)
         return (

@@ -18,21 +18,27 @@ _INSTRUCTION = re.compile(
 _LABEL = re.compile(r"^(\.L[\w.]*):", re.MULTILINE)
 _FUNCTION = re.compile(r"^\.text\.(\S+):\s*$", re.MULTILINE)
 _TARGET = re.compile(r"`\((\.L[\w.]*)\)")
-_IMMA = re.compile(r"\.(\d{4,6})\.")
+_IMMA = re.compile(r"\.(\d{3,6})\.")
 _GMMA = re.compile(r"\.(\d+)x(\d+)x(\d+)\.")
 
 MMA_ROOTS = ("IMMA", "HMMA", "IGMMA", "HGMMA", "QGMMA", "QMMA", "BMMA", "DMMA")
 
-# Pipes by opcode root. What is in no list only takes an issue slot (branches, barriers, S2R, the
-# uniform datapath). XU: conversions between integer and float, transcendentals, bit scans.
+# Pipes by opcode root. XU: conversions between integer and float, transcendentals, bit scans. What
+# moves data or waits takes an issue slot and no arithmetic pipe; so does the uniform datapath, U...
+# An opcode in no list counts as ALU: a new one is not free.
 _XU = "MUFU I2F F2I F2F FRND POPC FLO BREV I2FP64".split()
 _FMA_FLOAT = "FFMA FADD FMUL FFMA32I FADD32I FMUL32I FSWZADD".split()
 _FMA_INTEGER = "IMAD IMUL IDP IDP4A IMAD32I".split()
 _HALF = "HADD2 HMUL2 HFMA2 HADD2_32I HMUL2_32I HFMA2_32I HMNMX2 HSET2 HSETP2".split()
 _ALU = (
     "LOP LOP3 LOP32I PLOP3 PRMT SHF SHL SHR IADD IADD3 IADD32I ISETP ISET SEL IMNMX VIMNMX IABS"
-    " LEA SGXT BMSK VABSDIFF VABSDIFF4 I2I I2IP I2FP F2FP F2IP FMNMX FSEL FSET FSETP FCHK MOV"
-    " MOV32I P2R R2P CS2R VOTE"
+    " LEA SGXT BMSK VABSDIFF VABSDIFF4 VIADD VIADDMNMX I2I I2IP I2FP F2FP F2IP FMNMX FSEL FSET"
+    " FSETP FCHK MOV MOV32I P2R R2P CS2R VOTE"
+).split()
+_NO_PIPE = (
+    "BRA BRX JMP JMX EXIT RET CALL BSSY BSYNC BREAK BMOV WARPSYNC NOP BAR DEPBAR LDGDEPBAR LDG LDS"
+    " LDSM LDGSTS STS STSM STG LD ST LDL STL LDC S2R S2UR R2UR MEMBAR FENCE ERRBAR CCTL YIELD"
+    " NANOSLEEP WARPGROUP ARRIVES SHFL REDUX ATOM ATOMG ATOMS RED MATCH ELECT SYNCS DEPBAR KILL"
 ).split()
 _ALU_FLOAT = "FMNMX FSEL FSET FSETP FCHK F2FP".split()
 _NOT_INTEGER = {*_ALU_FLOAT, "MOV", "MOV32I", "CS2R", "VOTE"}
@@ -43,9 +49,11 @@ _PIPES = {
     **dict.fromkeys(_HALF, "half"),
     **dict.fromkeys(_ALU, "alu"),
     **dict.fromkeys(MMA_ROOTS, "tensor"),
+    **dict.fromkeys(_NO_PIPE, ""),
 }
 SHARED_READS, SHARED_WRITES = ("LDS", "LDSM"), ("STS", "STSM", "LDGSTS")
-GLOBAL_READS, GLOBAL_WRITES = ("LDG", "LDGSTS", "LD"), ("STG", "ST", "RED", "ATOMG")
+GLOBAL_READS = ("LDG", "LDGSTS", "LD")
+OTHER_MOVES = ("STG", "ST", "RED", "LDL", "STL")  # through L1 as well; spills are LDL and STL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +78,9 @@ class Instruction:
     @property
     def pipe(self) -> str:
         """tensor, alu, fma_float, fma_integer, half, xu, or "" for those that only issue."""
-        return "" if self.never else _PIPES.get(self.root, "")
+        if self.never or (self.root.startswith("U") and self.root not in _PIPES):
+            return ""
+        return _PIPES.get(self.root, "alu")
 
     @property
     def integer(self) -> bool:
@@ -124,7 +134,7 @@ def _mma_macs(digits: str) -> int:
 class Region:
     """A run of instructions: a loop's body, or a whole kernel; counts are per warp and pass."""
 
-    def __init__(self, instructions: list[Instruction], *, is_loop: bool):
+    def __init__(self, instructions: list[Instruction], *, is_loop: bool = False):
         self.instructions = instructions
         self.is_loop = is_loop
         self.roots = collections.Counter(i.root for i in instructions)
@@ -185,9 +195,10 @@ class Function:
                 found.append((start, instruction.address))
         return found
 
-    def region(self, first: int, last: int) -> Region:
+    def region(self, first: int, last: int, *, is_loop: bool = True) -> Region:
         """The instructions at these addresses, both ends included."""
-        return Region([i for i in self.instructions if first <= i.address <= last], is_loop=True)
+        inside = [i for i in self.instructions if first <= i.address <= last]
+        return Region(inside, is_loop=is_loop)
 
     @functools.cached_property
     def innermost(self) -> list[Region]:
@@ -202,13 +213,16 @@ class Function:
     def main(self) -> Region:
         """The innermost loop with the most matrix products; without any, the longest loop.
 
-        All of a kernel whose products are outside of loops (unrolled), or that has no loop.
+        Where the compiler has unrolled the loop away: from the first product to the last. A kernel
+        without loops and products: all of it.
         """
-        whole = Region(self.instructions, is_loop=False)
         with_mma = [loop for loop in self.innermost if loop.mma]
         if with_mma:
             return max(with_mma, key=lambda loop: sum(loop.mma.values()))
-        return whole if whole.mma or not self.innermost else max(self.innermost, key=len)
+        whole = Region(self.instructions)
+        if products := whole.live(*MMA_ROOTS):
+            return self.region(products[0].address, products[-1].address, is_loop=False)
+        return max(self.innermost, key=len, default=whole)
 
 
 def parse(text: str) -> dict[str, Function]:

@@ -11,10 +11,14 @@ SUB_PARTITIONS = 4  # of an SM; each issues one warp instruction a cycle
 class Target:
     """One GPU. Sizes in bytes, bandwidth in bytes a second; rates per SM sub-partition and cycle.
 
-    `*_macs` are multiply-accumulates of the tensor pipe, from the published dense peaks divided by
-    SMs and clock. `fp32_lanes`: lanes of the FMA pipe (32 where a second datapath takes float32).
-    `half_on_tensor`: fp16x2 and bf16x2 arithmetic shares the tensor pipe's port (sm_80), instead of
-    running on the FMA pipe.
+    Attributes:
+        int8_macs, bf16_macs: multiply-accumulates of the tensor pipe, from the published dense
+            peaks divided by SMs and clock.
+        fp32_lanes: lanes of the FMA pipe; 32 where a second datapath takes float32.
+        half_on_tensor: fp16x2 and bf16x2 arithmetic shares the tensor pipe's port (sm_80), instead
+            of running on the FMA pipe.
+        l2_bytes_per_cycle: what all SMs together can read; the A100's is from its white paper, the
+            others' are estimates.
     """
 
     name: str
@@ -25,6 +29,7 @@ class Target:
     dram_bandwidth: int
     dram_size: int
     l2_size: int
+    l2_bytes_per_cycle: int
     shared_per_sm: int
     shared_per_block: int
     warps_per_sm: int
@@ -90,6 +95,7 @@ TARGETS = {
             dram_bandwidth=2_039_040_000_000,
             dram_size=85_100_068_864,
             l2_size=40 << 20,
+            l2_bytes_per_cycle=5120,
             shared_per_sm=164 << 10,
             shared_per_block=163 << 10,
             warps_per_sm=64,
@@ -108,6 +114,7 @@ TARGETS = {
             dram_bandwidth=600_096_000_000,
             dram_size=24_233_181_184,
             l2_size=6 << 20,
+            l2_bytes_per_cycle=1536,
             shared_per_sm=100 << 10,
             shared_per_block=99 << 10,
             warps_per_sm=48,
@@ -125,6 +132,7 @@ TARGETS = {
             dram_bandwidth=864_000_000_000,
             dram_size=47_810_936_832,
             l2_size=96 << 20,
+            l2_bytes_per_cycle=1920,
             shared_per_sm=100 << 10,
             shared_per_block=99 << 10,
             warps_per_sm=48,
@@ -142,6 +150,7 @@ TARGETS = {
             dram_bandwidth=3_352_320_000_000,
             dram_size=84_942_979_072,
             l2_size=50 << 20,
+            l2_bytes_per_cycle=5120,
             shared_per_sm=228 << 10,
             shared_per_block=227 << 10,
             warps_per_sm=64,

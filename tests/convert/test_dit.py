@@ -1,4 +1,4 @@
-"""DiT files in diffusers' layout: the tree, the shared embedders, the config, and the way back."""
+"""DiT files in diffusers' layout: tree, shared embedders, config, and the way back."""
 
 import json
 
@@ -204,7 +204,7 @@ def edit_config(folder, **changes):
         ({"sample_size": 7}, "sample_size 7 is not a multiple of patch_size 2"),
         ({"num_layers": True}, "num_layers is .*, not an integer from 1"),
         ({"num_embeds_ada_norm": None}, "num_embeds_ada_norm is .*, not an integer"),
-        ({"out_channels": 5}, r"out_channels is 5; DiT predicts noise \(3\)"),
+        ({"out_channels": 5}, r"out_channels is 5; the network predicts noise \(3\)"),
         ({"activation_fn": "geglu"}, "activation_fn is .*geglu.*; DiT has .*gelu-approximate"),
         ({"attention_bias": False}, "attention_bias is "),
         ({"norm_elementwise_affine": True}, "norm_elementwise_affine is "),

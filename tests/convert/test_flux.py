@@ -26,6 +26,7 @@ from tests.references.flux_files import (
     bfl_shapes,
     diffusers_shapes,
     random_tensors,
+    to_bfl,
     write_source,
 )
 
@@ -85,57 +86,6 @@ def test_what_diffusers_saves_gives_its_tree_and_its_output(tmp_path, reference,
     for inputs, limit in ((usual, AT_USUAL), (zero, AT_ZERO)):
         out = apply({"params": params}, **inputs)
         assert relative_error(out, reference.run_flux(theirs, inputs)) < limit
-
-
-def to_bfl(state):
-    """A diffusers state dict in Black Forest Labs' layout."""
-    out = {}
-
-    def move(new, *old, swap=False):
-        for kind in ("weight", "bias"):
-            array = np.concatenate([state[f"{name}.{kind}"] for name in old])
-            if swap:  # (scale, shift) to (shift, scale)
-                array = np.concatenate(np.split(array, 2)[::-1])
-            out[f"{new}.{kind}"] = array
-
-    def scale(new, old):
-        out[f"{new}.scale"] = state[f"{old}.weight"]
-
-    move("img_in", "x_embedder")
-    move("txt_in", "context_embedder")
-    embedders = {"time": "timestep", "guidance": "guidance", "vector": "text"}
-    for new, old in embedders.items():
-        if f"time_text_embed.{old}_embedder.linear_1.weight" in state:
-            move(f"{new}_in.in_layer", f"time_text_embed.{old}_embedder.linear_1")
-            move(f"{new}_in.out_layer", f"time_text_embed.{old}_embedder.linear_2")
-    i = 0
-    while f"transformer_blocks.{i}.norm1.linear.weight" in state:
-        p, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        move(f"{b}.img_mod.lin", f"{p}.norm1.linear")
-        move(f"{b}.txt_mod.lin", f"{p}.norm1_context.linear")
-        move(f"{b}.img_attn.qkv", *(f"{p}.attn.to_{x}" for x in "qkv"))
-        move(f"{b}.txt_attn.qkv", *(f"{p}.attn.add_{x}_proj" for x in "qkv"))
-        move(f"{b}.img_attn.proj", f"{p}.attn.to_out.0")
-        move(f"{b}.txt_attn.proj", f"{p}.attn.to_add_out")
-        for stream, old in (("img", "norm_"), ("txt", "norm_added_")):
-            scale(f"{b}.{stream}_attn.norm.query_norm", f"{p}.attn.{old}q")
-            scale(f"{b}.{stream}_attn.norm.key_norm", f"{p}.attn.{old}k")
-        for stream, old in (("img", "ff"), ("txt", "ff_context")):
-            move(f"{b}.{stream}_mlp.0", f"{p}.{old}.net.0.proj")
-            move(f"{b}.{stream}_mlp.2", f"{p}.{old}.net.2")
-        i += 1
-    j = 0
-    while f"single_transformer_blocks.{j}.norm.linear.weight" in state:
-        p, b = f"single_transformer_blocks.{j}", f"single_blocks.{j}"
-        move(f"{b}.modulation.lin", f"{p}.norm.linear")
-        move(f"{b}.linear1", *(f"{p}.attn.to_{x}" for x in "qkv"), f"{p}.proj_mlp")
-        move(f"{b}.linear2", f"{p}.proj_out")
-        scale(f"{b}.norm.query_norm", f"{p}.attn.norm_q")
-        scale(f"{b}.norm.key_norm", f"{p}.attn.norm_k")
-        j += 1
-    move("final_layer.adaLN_modulation.1", "norm_out.linear", swap=True)
-    move("final_layer.linear", "proj_out")
-    return out
 
 
 @pytest.mark.parametrize("guidance", [True, False])

@@ -96,7 +96,7 @@ HOSTILE = {
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "gguf": (b"GGUF\x03\x00\x00\x00" + b"\0" * 16, "GGUF"),
     "web page": (b"<!DOCTYPE html><html>", "web page"),
-    "torch zip": (b"PK\x03\x04\x00\x00\x08\x08" + b"\0" * 50, "PyTorch pickle"),
+    "torch zip": (b"PK\x03\x04\x00\x00\x08\x08" + b"\0" * 50, "rename it to .pt"),
 }
 
 

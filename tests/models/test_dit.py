@@ -14,9 +14,6 @@ from lowbit_jax.models.dit import (
     DiTTransformer,
     abstract_params,
     dit,
-    patches,
-    picture,
-    position_table,
 )
 from lowbit_jax.models.layers import timestep_embedding
 from tests.references.dit_files import TINY, diffusers_shapes
@@ -101,25 +98,6 @@ def test_bfloat16_is_as_close_to_float32_as_diffusers_bfloat16(reference):
     assert ours < 1.5 * diffusers
 
 
-@pytest.mark.parametrize(("config", "grid"), [(DIT_XL_2_256, 16), (DIT_XL_2_512, 32)])
-def test_position_tables_equal_diffusers(reference, config, grid):
-    """Sines and cosines of two libraries in float64, rounded to float32: the last bit at most."""
-    from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    expected = get_2d_sincos_pos_embed(config.hidden_size, grid, base_size=grid, output_type="pt")
-    table = position_table(config.grid, config.hidden_size)
-    assert table.dtype == np.float32
-    np.testing.assert_allclose(table, expected.float().numpy(), rtol=0, atol=1e-7)
-
-
-def test_position_zero_then_columns_then_rows():
-    table = position_table(3, 8)  # [sin, cos] of the column, then of the row, two frequencies each
-    np.testing.assert_array_equal(table[0], [0, 0, 1, 1, 0, 0, 1, 1])
-    column, row = table[5][:4], table[5][4:]  # row 1, column 2
-    np.testing.assert_allclose(column, [*np.sin([2, 0.02]), *np.cos([2, 0.02])], rtol=1e-6)
-    np.testing.assert_allclose(row, [*np.sin([1, 0.01]), *np.cos([1, 0.01])], rtol=1e-6)
-
-
 @pytest.mark.parametrize("shift", [0, 1])
 def test_both_time_embeddings_equal_their_formula(shift):
     """facebook's frequencies (shift 0) and diffusers' (1), in float64; angles in float32."""
@@ -128,14 +106,6 @@ def test_both_time_embeddings_equal_their_formula(shift):
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     found = np.asarray(timestep_embedding(jnp.asarray(t, jnp.float32), scale=1.0, shift=shift))
     assert (np.abs(found - expected) <= 1e-6 + 3e-7 * t[:, None]).all()
-
-
-def test_patches_and_picture_are_the_published_orders():
-    x = jnp.arange(2 * 3 * 4 * 4, dtype=jnp.float32).reshape(2, 3, 4, 4)
-    cut = patches(x, 2)  # "c row column" inside a patch, as a convolution's weight has them
-    np.testing.assert_array_equal(cut[1, 2], x[1, :, 2:4, 0:2].reshape(-1))
-    outputs = cut.reshape(2, 4, 3, 4).swapaxes(2, 3).reshape(2, 4, 12)  # "row column c"
-    np.testing.assert_array_equal(picture(outputs, 2, 3), x)
 
 
 def random_params(config, seed=0):

@@ -20,10 +20,12 @@ def heads(t, s, b=2, h=3, d=8):
     return normal(b, t, h, d, seed=1), normal(b, s, h, d, seed=2), normal(b, s, h, d, seed=3)
 
 
-def torch_attention(*qkv):
+def torch_attention(*qkv, mask=None):
     torch = pytest.importorskip("torch", reason="the reference is torch")
     q, k, v = (torch.tensor(x).transpose(1, 2) for x in qkv)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).numpy()
+    mask = None if mask is None else torch.tensor(mask)[:, None, None]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return attend(q, k, v, attn_mask=mask).transpose(1, 2).numpy()
 
 
 @pytest.mark.parametrize(("t", "s"), [(1, 1), (1, 9), (37, 37), (37, 5), (64, 64)])
@@ -43,6 +45,19 @@ def test_chunked_attention_equals_torch_at_every_boundary(monkeypatch, chunk):
     assert ("scan" in str(jax.make_jaxpr(attention)(*qkv))) == (chunk < 37)
     out = attention(*qkv)
     np.testing.assert_allclose(out, torch_attention(*qkv), atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", (5, 37))
+def test_masked_attention_equals_torch_and_does_not_see_what_is_masked(monkeypatch, chunk):
+    """Whole and in chunks; keys masked at the end, in the middle, all but one."""
+    q, k, v = heads(37, 11, b=3)
+    mask = np.ones((3, 11), bool)
+    mask[0, 7:], mask[1, 2:5], mask[2, :10] = False, False, False
+    monkeypatch.setattr(layers, "MAX_SCORE_BYTES", chunk * 4 * 3 * 3 * 11)
+    out = np.asarray(layers.attention(q, k, v, mask))
+    np.testing.assert_allclose(out, torch_attention(q, k, v, mask=mask), atol=1e-6)
+    other = [np.where(mask[..., None, None], x, 1e4) for x in (k, v)]
+    np.testing.assert_array_equal(layers.attention(q, *other, mask), out)
 
 
 def test_attention_of_a_flux_picture_never_holds_all_scores():
@@ -166,7 +181,7 @@ class Step(nn.Module):
 
 
 def stack(length):
-    return BlockStack(lambda: Step(parent=None), length)
+    return BlockStack(lambda layer: Step(parent=None), length)
 
 
 def float_layers(length, seed=0):
@@ -193,6 +208,51 @@ def test_segments_of_any_format_run_in_order_of_layers():
     np.testing.assert_allclose(out, unrolled(segments, x, gain), rtol=1e-6, atol=1e-6)
 
 
+class Kind(nn.Module):
+    """A block of one of two kinds, whose parameters differ."""
+
+    bent: bool
+
+    @nn.compact
+    def __call__(self, x):
+        x = x + Linear(6, name="lin")(x)
+        return (Linear(6, name="bend")(nn.silu(x)) if self.bent else x,)
+
+
+def kinds(bent):
+    return BlockStack(lambda i: Kind(bent[i], parent=None), len(bent), name="blocks")
+
+
+def test_layers_of_two_kinds_are_segments_of_their_own():
+    """A tree of its kind for each layer; 1e-6 for the other fusion of the same products."""
+    bent = [False, False, True, True, True, False]
+    x = normal(3, 6)
+    params = kinds(bent).init(jax.random.key(0), (x,))["params"]
+    assert {first: sorted(tree) for first, tree in params.items()} == {
+        "0": ["lin"], "2": ["bend", "lin"], "5": ["lin"],
+    }  # fmt: skip
+    assert [tree["lin"]["kernel"].shape[0] for tree in params.values()] == [2, 3, 1]
+    (out,) = kinds(bent).apply({"params": params}, (x,))
+    for first, length in (("0", 2), ("2", 3), ("5", 1)):
+        for i in range(length):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params[first])
+            (x,) = Kind(bent[int(first)]).apply({"params": layer}, x)
+    np.testing.assert_allclose(out, x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_segment_of_two_kinds_is_refused():
+    """Kinds may differ in how they compute alone: the tree of a segment cannot show it."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return kinds([False, False, False, True])((x,))
+
+    params = {"blocks": {"0": float_layers(1), "1": float_layers(3)}}
+    with pytest.raises(ValueError, match="'1' holds layers 1 to 3, but layer 3 is of another kind"):
+        Model().apply({"params": params}, normal(3, 6))
+
+
 def test_a_stack_initialises_every_layer_differently():
     params = stack(4).init(jax.random.key(0), (normal(3, 6),), 0.5)["params"]
     assert list(params) == ["0"]
@@ -215,7 +275,7 @@ def test_segments_that_do_not_add_up_are_named(segments, length, message):
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return BlockStack(lambda: Step(parent=None), length, name="blocks")((x,), 1.0)
+            return BlockStack(lambda layer: Step(parent=None), length, name="blocks")((x,), 1.0)
 
     params = {"blocks": {first: float_layers(count) for first, count in segments.items()}}
     with pytest.raises(ValueError, match=message):

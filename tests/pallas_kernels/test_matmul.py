@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import api, matmul, reference
 from pallas_kernels.formats import FORMATS, pack_codes
+from pallas_kernels.matmul_plan import choose_tile
 from pallas_kernels.operands import prepare
 from pallas_kernels.rows import QuantizedRows
 from pallas_kernels.tile_table import TILES
@@ -160,7 +161,7 @@ def test_every_tile_of_the_table(format, op):
 def test_few_rows_take_a_small_tile():
     sizes = []
     for m in (1, 16, 17, 4608):
-        sizes.append(matmul.choose_tile(operands(product("ternary", m, 2, 128))).m)
+        sizes.append(choose_tile(operands(product("ternary", m, 2, 128))).m)
     assert sizes[0] == sizes[1] == 16 and sizes[2] > 16 and sizes[3] >= 64
 
 

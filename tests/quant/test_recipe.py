@@ -140,6 +140,18 @@ def test_the_first_rule_that_matches_decides():
     assert chosen["img_in"] is None
 
 
+def test_kept_layers_are_kept_whatever_the_recipe_says():
+    kept = RECIPES["w8a8"].keeping(r"double_blocks/\d+/img_mod/lin")
+    before, after = RECIPES["w8a8"].assign(LAYERS), kept.assign(LAYERS)
+    assert after == before | {name: None for name in LAYERS if "img_mod" in name}
+    assert kept.name == r"w8a8 keeping double_blocks/\d+/img_mod/lin"
+    assert Recipe.from_json(json.loads(json.dumps(kept.to_json()))) == kept
+    with pytest.raises(RecipeError, match="no kernel is decided by rule.*'nothing'"):
+        kept.keeping("nothing").assign(LAYERS)
+    with pytest.raises(RecipeError, match="is not a regular expression"):
+        kept.keeping("[")
+
+
 def test_a_rule_must_match_the_whole_path():
     chosen = recipe(r"double_blocks/1/.*").assign(LAYERS)
     decided = [layer for layer, rule in chosen.items() if rule is not None]

@@ -1,11 +1,13 @@
-"""How fast, and in how much memory, a FLUX checkpoint is converted and quantised.
+"""How fast, and in how much memory, a checkpoint is converted and quantised.
 
     python -m benchmarks.convert --blocks 2 4 --recipe flux-1.58bit
+    python -m benchmarks.convert --layout facebook --recipe w8a8
 
-Writes a FLUX of the published width but fewer blocks, with random weights and sharded like the
-published one, and converts it with `python -m convert` in a process of its own. The time is the
-whole command's, start and digests included. The source has just been written, so the system may
-still hold it in memory: reading from a slower disk comes on top.
+Writes a FLUX of the published width but fewer blocks, sharded like the published one, or the whole
+DiT-XL/2 as facebook's `.pt` file of float32 (2.7 GB); random weights. Converts it with `python -m
+convert` in a process of its own. The time is the whole command's, start and digests included. The
+source has just been written, so the system may still hold it in memory: reading from a slower disk
+comes on top.
 
 "Overhead" is the peak resident memory less the bytes written: what conversion needs besides its
 output. The converter holds two layers at a time, one being written and one being converted, and
@@ -15,16 +17,18 @@ never the whole output, so it is the peak itself that must stay the same for a d
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import ml_dtypes
@@ -34,33 +38,91 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from convert import flux
+from benchmarks.torch_writer import write_torch
+from convert import dit, flux
 from convert.checkpoint_files import open_checkpoint
 from convert.job import plan
+from convert.registry import SOURCES
 from convert.safetensors import TensorSpec, write_sharded
-from convert.table import expand
+from convert.table import Layout, expand
 from lowbit_jax.checkpoint import iter_parts
-from lowbit_jax.models.flux import FluxConfig, abstract_params
+from lowbit_jax.models.dit import DiTConfig
+from lowbit_jax.models.flux import FluxConfig
+from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.recipe import Recipe, load_recipe
 from lowbit_jax.quant.report import size_report
 from lowbit_jax.quant.transform import quantize
 
-HEAD_DIM = 128  # the only one a checkpoint without a config.json may have
+FLUX_HEAD_DIM = 128  # the only one a checkpoint without a config.json may have
+DIT_HEAD_DIM = 72  # of DiT-XL
 SHARD_BYTES = 10 * 10**9
-LAYOUTS = {"diffusers": flux.DIFFUSERS, "bfl": flux.BFL}
+
+
+def _flux(hidden: int, blocks: tuple[int, ...]) -> FluxConfig:
+    double, single = blocks
+    heads = hidden // FLUX_HEAD_DIM
+    return FluxConfig(hidden_size=hidden, num_heads=heads, depth=double, depth_single_blocks=single)
+
+
+def _dit(hidden: int, blocks: tuple[int, ...]) -> DiTConfig:
+    (depth,) = blocks
+    return DiTConfig(
+        hidden_size=hidden,
+        num_heads=hidden // DIT_HEAD_DIM,
+        depth=depth,
+        time_shift=dit.FACEBOOK_SHIFT,
+        mlp_norm_eps=dit.FACEBOOK_EPS,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One kind of checkpoint: its network and naming, and how one of any size is made."""
+
+    network: str
+    layout: Layout
+    config: Callable[[int, tuple[int, ...]], Any]
+    dtype: Any
+    hidden: int
+    blocks: tuple[int, ...]
+
+    def tensors(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything in the file."""
+        abstract = iter_parts(NETWORKS[self.network].abstract_params(config))
+        shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in abstract}
+        leaves = expand(self.layout, config, shapes)
+        return {name: shape for leaf in leaves for name, shape in leaf.source_shapes().items()}
+
+
+_FLUX = {"network": "flux", "config": _flux, "dtype": ml_dtypes.bfloat16, "hidden": 3072}
+CASES = {
+    "diffusers": Case(layout=flux.DIFFUSERS, blocks=(2, 4), **_FLUX),
+    "bfl": Case(layout=flux.BFL, blocks=(2, 4), **_FLUX),
+    "facebook": Case(
+        network="dit",
+        layout=dit.ORIGINAL,
+        config=_dit,
+        dtype=np.float32,
+        hidden=1152,
+        blocks=(28,),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Convert a synthetic FLUX; measure time and peak memory."""
+    """Convert a synthetic checkpoint; measure time and peak memory."""
 
-    blocks: tuple[int, int] = (2, 4)
-    """Number of double and of single blocks (FLUX.1 has 19 and 38)."""
+    layout: Literal["diffusers", "bfl", "facebook"] = "diffusers"
+    """Naming of the synthetic checkpoint: two of FLUX, and facebook's of DiT, a .pt file."""
+    blocks: tuple[int, ...] = ()
+    """FLUX: numbers of double and of single blocks (2 4; FLUX.1 has 19 38). DiT: number (28)."""
     recipe: str = "flux-1.58bit"
     """A named recipe or a JSON file."""
-    layout: Literal["diffusers", "bfl"] = "diffusers"
-    """Naming of the synthetic checkpoint."""
-    hidden: Annotated[int, tyro.conf.arg(help=f"Width, a multiple of {HEAD_DIM}.")] = 3072
+    hidden: Annotated[
+        int | None,
+        tyro.conf.arg(help=f"Width, a multiple of {FLUX_HEAD_DIM} (FLUX) or {DIT_HEAD_DIM} (DiT)."),
+    ] = None
     dir: Path | None = None
     """Folder to work in; the system's temporary one by default."""
     keep: bool = False
@@ -91,60 +153,65 @@ class Result:
 def main(argv: list[str] | None = None) -> None:
     """Write, convert, measure, clean up; print a table and the figure line."""
     options = tyro.cli(Options, args=argv, description=__doc__)
-    config = FluxConfig(
-        hidden_size=options.hidden,
-        num_heads=options.hidden // HEAD_DIM,
-        depth=options.blocks[0],
-        depth_single_blocks=options.blocks[1],
-    )
+    case = CASES[options.layout]
+    config = case.config(options.hidden or case.hidden, options.blocks or case.blocks)
     recipe = load_recipe(options.recipe)
     parent = options.dir or Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
-    check_disk(parent, config, recipe)
+    check_disk(parent, case, config, recipe)
     folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=parent))
     try:
-        write_synthetic(folder / "source", config, options.layout)
+        write_synthetic(folder / "source", case, config)
         result = convert(folder / "source", folder / "out", options.recipe)
     finally:
         if options.keep:
             print(f"kept {folder}")
         else:
             shutil.rmtree(folder)
-    show(result, options)
+    show(result, options, config)
 
 
-def check_disk(parent: Path, config: FluxConfig, recipe: Recipe) -> None:
+def check_disk(parent: Path, case: Case, config: Any, recipe: Recipe) -> None:
     """Say what will be written; raise `SystemExit` when it does not fit."""
-    params = abstract_params(config)
+    params = NETWORKS[case.network].abstract_params(config)
     sizes = size_report(iter_parts(jax.eval_shape(partial(quantize, recipe=recipe), params)))
-    need, free = 1.05 * (sizes.before + sizes.disk), shutil.disk_usage(parent).free
+    width = np.dtype(case.dtype).itemsize
+    source = width * sum(math.prod(shape) for shape in case.tensors(config).values())
+    need, free = 1.05 * (source + sizes.disk), shutil.disk_usage(parent).free
     print(f"{parent}: needs {need / 1e9:.2f} GB of disk, {free / 1e9:.2f} GB are free")
     if free < need:
         raise SystemExit("not enough disk: ask for fewer --blocks, or give another --dir")
 
 
-def write_synthetic(folder: Path, config: FluxConfig, layout: str) -> None:
-    """A bfloat16 checkpoint of random weights: normal, deviation 1 / sqrt(inputs)."""
+def write_synthetic(folder: Path, case: Case, config: Any) -> None:
+    """Random weights: normal, deviation 1 / sqrt(inputs); one tensor in memory at a time."""
     rng = np.random.default_rng(0)
 
     def make(shape: tuple[int, ...]) -> np.ndarray:
-        out = np.empty(shape, ml_dtypes.bfloat16)
+        out = np.empty(shape, case.dtype)
         scale = np.float32(shape[-1] ** -0.5)
         for row in range(0, shape[0], 1024):  # no float32 copy of a whole tensor
             part = out[row : row + 1024]
             part[...] = rng.standard_normal(part.shape, np.float32) * scale
         return out
 
-    abstract = iter_parts(abstract_params(config))
-    shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in abstract}
     tensors = {
-        name: TensorSpec(shape=shape, dtype=ml_dtypes.bfloat16, make=partial(make, shape))
-        for leaf in expand(LAYOUTS[layout], config, shapes)
-        for name, shape in leaf.source_shapes().items()
+        name: TensorSpec(shape=shape, dtype=case.dtype, make=partial(make, shape))
+        for name, shape in case.tensors(config).items()
     }
-    write_sharded(folder, tensors, SHARD_BYTES)
-    if layout == "diffusers":
-        (folder / "config.json").write_text(json.dumps(flux.to_diffusers_config(config)))
+    for constant in case.layout.constants:
+        value = np.asarray(constant.value(config), case.dtype)
+        tensors[constant.source] = TensorSpec(
+            shape=value.shape, dtype=case.dtype, make=partial(np.asarray, value)
+        )
+    folder.mkdir(parents=True)
+    if case.network == "dit":
+        write_torch(folder / "model.pt", tensors)
+    else:
+        write_sharded(folder, tensors, SHARD_BYTES)
+    describe = SOURCES[case.network].exports.get(case.layout.name)
+    if describe:
+        (folder / "config.json").write_text(json.dumps(describe(config)))
 
 
 def convert(source: Path, out: Path, recipe: str) -> Result:
@@ -195,11 +262,11 @@ def resident_peak(pid: int) -> int:
     return int(found[0]) * 1024 if found else 0
 
 
-def show(result: Result, options: Options) -> None:
+def show(result: Result, options: Options, config: Any) -> None:
     """Print the table and the figure line."""
-    double, single = options.blocks
+    blocks = " + ".join(map(str, options.blocks or CASES[options.layout].blocks))
     print(
-        f"{double} double and {single} single blocks of width {options.hidden}, "
+        f"{blocks} blocks of width {config.hidden_size}, "
         f"{options.layout} layout, recipe {options.recipe}"
     )
     table = Table("", box=box.SIMPLE)

@@ -20,18 +20,27 @@ import torch
 from convert.safetensors import write_safetensors
 from lowbit_jax.models.dit import DIT_XL_2_256
 from lowbit_jax.models.flux import FLUX_DEV
+from lowbit_jax.models.latte import LATTE_XL_2_UCF101
 from lowbit_jax.models.latte_t2v import LATTE_1
 from lowbit_jax.models.pixart import PIXART_SIGMA_1024_MS
+from lowbit_jax.models.stdit import STDIT_XL_2_16X256
+from lowbit_jax.models.stdit3 import STDIT3_XL_2
 from tests.references import (
     dit,
     dit_files,
     dit_original,
     flux,
     flux_files,
+    latte,
+    latte_files,
     latte_t2v,
     latte_t2v_files,
     pixart,
     pixart_files,
+    stdit,
+    stdit3,
+    stdit3_files,
+    stdit_files,
 )
 
 Inputs = dict[str, np.ndarray]
@@ -79,10 +88,19 @@ def save_bfl(folder: Path, reference: Any) -> None:
     write_safetensors(folder / "flux.safetensors", tensors)
 
 
-def save_torch(folder: Path, state: dict[str, torch.Tensor], heads: int) -> None:
+def save_torch(
+    folder: Path, state: dict[str, Any], heads: int, field: str = "num_attention_heads"
+) -> None:
     """As the original programs write theirs: one .pt file, beside it what it does not say."""
     torch.save(state, folder / "model.pt")
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    (folder / "config.json").write_text(json.dumps({field: heads}))
+
+
+def save_stdit3(folder: Path, reference: Any) -> None:
+    """As Open-Sora 1.2 is published: one safetensors file and its config."""
+    write_safetensors(folder / "model.safetensors", stdit3.state_arrays(reference))
+    config = stdit3_files.published_config(reference.config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,20 @@ def video_inputs(config: Any, size: tuple[int, ...], tokens: int = 7) -> Inputs:
         "caption": rng.standard_normal((2, tokens, config.caption_channels), np.float32),
         "caption_mask": np.arange(tokens) < np.array([[4], [tokens]]),
     }
+
+
+def stdit3_inputs(config: Any) -> Inputs:
+    """Of odd sizes, which are padded; with the rate and the pixels of each video."""
+    numbers = {"fps": [24, 8], "height": [240, 144], "width": [426, 256]}
+    inputs = video_inputs(config, (5, 7, 11))
+    return inputs | {name: np.array(value, np.float32) for name, value in numbers.items()}
+
+
+def latte_inputs(config: Any) -> Inputs:
+    """Two videos, the second without a class."""
+    inputs = video_inputs(replace(LATTE_1, in_channels=config.in_channels), config.latents[1:])
+    labels = np.array([3, config.num_classes], np.int32)
+    return {"x": inputs["x"], "timestep": inputs["timestep"], "labels": labels}
 
 
 _FLUX = Case(
@@ -204,5 +236,45 @@ CASES = (
         inputs=lambda config: video_inputs(config, (config.num_frames, 8, 12)),
         write=save_pretrained,
         sampler="ddim",
+    ),
+    Case(
+        model="latte",
+        layout="original",
+        small=latte_files.TINY,
+        full=replace(LATTE_XL_2_UCF101, depth=2, num_frames=4, sample_size=16),
+        cut="2 of 28",
+        reference=latte.torch_latte,
+        run=latte.run,
+        inputs=latte_inputs,
+        write=lambda folder, model: save_torch(
+            folder, {"ema": model.state_dict()}, model.config.num_heads
+        ),
+        sampler="ddpm",
+    ),
+    Case(
+        model="stdit",
+        layout="Open-Sora 1.0",
+        small=stdit_files.TINY,
+        full=replace(STDIT_XL_2_16X256, depth=1, input_size=(4, 16, 16)),
+        cut="1 of 28",
+        reference=lambda config: stdit.torch_stdit(config, config.input_size),
+        run=stdit.run,
+        inputs=lambda config: video_inputs(config, config.input_size),
+        write=lambda folder, model: save_torch(
+            folder, model.state_dict(), model.blocks[0].attn.heads, "num_heads"
+        ),
+        sampler="ddpm",
+    ),
+    Case(
+        model="stdit3",
+        layout="Open-Sora 1.2",
+        small=stdit3_files.TINY,
+        full=replace(STDIT3_XL_2, pairs=1),
+        cut="1 of 28 pairs",
+        reference=stdit3.torch_stdit3,
+        run=stdit3.run,
+        inputs=stdit3_inputs,
+        write=save_stdit3,
+        sampler="rectified-flow",
     ),
 )

@@ -65,19 +65,24 @@ def depth(checkpoint: Checkpoint, stack: str = "blocks") -> int:
     return max(found, default=-1) + 1
 
 
-def heads(config: Mapping[str, Any] | None, width: int, published: Mapping[int, int]) -> int:
-    """Attention heads: as a config says, or the published ones of this width.
+def heads(
+    config: Mapping[str, Any] | None,
+    width: int,
+    published: Mapping[int, int],
+    field: str = "num_attention_heads",
+) -> int:
+    """Attention heads: as a config's `field` says, or the published ones of this width.
 
     Raises:
         ValueError: neither tells.
     """
-    if config is not None and "num_attention_heads" in config:
-        return integer(config, "num_attention_heads")
+    if config is not None and field in config:
+        return integer(config, field)
     if width not in published:
         known = ", ".join(map(str, sorted(published)))
         raise ValueError(
             f"the heads of a width of {width} are in no tensor (published are {known}); put a "
-            'config.json beside the file: {"num_attention_heads": N}'
+            f'config.json beside the file: {{"{field}": N}}'
         )
     return published[width]
 

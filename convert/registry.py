@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux, latte_t2v, pixart
+from convert import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -40,8 +40,6 @@ class Source:
         return next(layout for layout in self.layouts if layout.name == name)
 
 
-# In this order: the first whose marker a checkpoint has. The video networks have all that marks a
-# PixArt, and more.
 SOURCES = {
     "flux": Source(
         layouts=flux.LAYOUTS,
@@ -53,11 +51,6 @@ SOURCES = {
         read_config=dit.read_config,
         exports={"diffusers": dit.to_diffusers_config, "original": dit.to_original_config},
     ),
-    "latte-t2v": Source(
-        layouts=latte_t2v.LAYOUTS,
-        read_config=latte_t2v.read_config,
-        exports={"diffusers": latte_t2v.to_diffusers_config},
-    ),
     "pixart": Source(
         layouts=pixart.LAYOUTS,
         read_config=pixart.read_config,
@@ -65,6 +58,26 @@ SOURCES = {
             "diffusers": pixart.to_diffusers_config,
             "original": pixart.to_original_config,
         },
+    ),
+    "latte": Source(
+        layouts=latte.LAYOUTS,
+        read_config=latte.read_config,
+        exports={latte.ORIGINAL.name: latte.to_config},
+    ),
+    "latte-t2v": Source(
+        layouts=latte_t2v.LAYOUTS,
+        read_config=latte_t2v.read_config,
+        exports={"diffusers": latte_t2v.to_diffusers_config},
+    ),
+    "stdit": Source(
+        layouts=stdit.LAYOUTS,
+        read_config=stdit.read_config,
+        exports={stdit.ORIGINAL.name: stdit.to_config},
+    ),
+    "stdit3": Source(
+        layouts=stdit3.LAYOUTS,
+        read_config=stdit3.read_config,
+        exports={stdit3.ORIGINAL.name: stdit3.to_config},
     ),
 }
 

@@ -25,6 +25,8 @@ FLOATS = ("float32", "float16", "bfloat16", "float64")
 class Row:
     """Where one linear (weight and bias) or one vector comes from; `{i}` stands for the layer.
 
+    Where a source numbers pairs of blocks through, `{even}` and `{odd}` are the blocks of layer i.
+
     Attributes:
         target: our path, without "kernel"/"bias" for a linear.
         sources: source names, without ".weight"/".bias" for a linear; concatenated in this order.
@@ -156,6 +158,10 @@ def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]
     return leaves
 
 
+def _numbered(name: str, layer: int) -> str:
+    return name.format(i=layer, even=2 * layer, odd=2 * layer + 1)
+
+
 def _row_leaves(
     row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
 ) -> Iterator[Leaf]:
@@ -170,12 +176,12 @@ def _row_leaves(
         yield Leaf(
             part=part,
             path=target + suffix,
-            sources=tuple(name.format(i=layer or 0) for name in names),
+            sources=tuple(_numbered(name, int(layer or 0)) for name in names),
             sizes=sizes,
             shape=shape,
             swap_halves=row.swap_halves,
             tail=tail,
-            copies=tuple(name.format(i=i) for i in range(1, repeats) for name in names),
+            copies=tuple(_numbered(name, i) for i in range(1, repeats) for name in names),
         )
 
 

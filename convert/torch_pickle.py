@@ -155,14 +155,16 @@ class _Machine:
             self.fail(f"appends to {_kind(target)}")
 
     def set_items(self, items: list[Any]) -> None:
-        target = self.top()
+        self.fill(self.top(), items)
+
+    def fill(self, target: Any, items: list[Any]) -> None:
         if type(target) is Opaque:
             return
         if type(target) is not dict or len(items) % 2:
             self.fail(f"sets {len(items)} keys and values in {_kind(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             # nothing else: a hash may cost (nested tuples) or collide (long integers) on purpose
-            if type(key) is not str and not (type(key) is int and abs(key) < 2**31):
+            if type(key) is not str and not (type(key) is int and abs(key) < 2**60):
                 self.fail(f"a key of a dict is {_kind(key)}, not a string or a short integer")
             if key in target:
                 self.fail(f"the key {quote(key)} appears twice in a dict")
@@ -273,9 +275,13 @@ class _Machine:
         return arguments[0]
 
     def ordered_dict(self, name: str, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        if arguments:
-            self.fail(f"{name} is given arguments")
-        return {}
+        found: dict[Any, Any] = {}
+        if arguments:  # Python 2 wrote the items here: a list of lists
+            pairs = arguments[0]
+            if type(pairs) is not list or not all(type(p) is list and len(p) == 2 for p in pairs):
+                self.fail(f"{name} is not given a list of pairs")
+            self.fill(found, [item for pair in pairs for item in pair])
+        return found
 
     def size(self, name: str, arguments: tuple[Any, ...]) -> tuple[int, ...]:
         if len(arguments) != 1 or not is_sizes(arguments[0]):

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowbit_jax.models import dit, flux, latte_t2v, pixart
+from lowbit_jax.models import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,20 @@ NETWORKS = {
         title="DiT",
         samplers=("ddpm", "ddim"),
     ),
+    "pixart": Network(
+        config=pixart.PixArtConfig,
+        module=pixart.PixArtTransformer,
+        abstract_params=pixart.abstract_params,
+        title="PixArt-alpha, PixArt-Sigma",
+        samplers=("dpm-solver++",),
+    ),
+    "latte": Network(
+        config=latte.LatteConfig,
+        module=latte.LatteTransformer,
+        abstract_params=latte.abstract_params,
+        title="Latte",
+        samplers=("ddpm", "ddim"),
+    ),
     "latte-t2v": Network(
         config=latte_t2v.LatteT2VConfig,
         module=latte_t2v.LatteT2VTransformer,
@@ -54,12 +68,19 @@ NETWORKS = {
         title="Latte-1",
         samplers=("ddim",),
     ),
-    "pixart": Network(
-        config=pixart.PixArtConfig,
-        module=pixart.PixArtTransformer,
-        abstract_params=pixart.abstract_params,
-        title="PixArt-alpha, PixArt-Sigma",
-        samplers=("dpm-solver++",),
+    "stdit": Network(
+        config=stdit.STDiTConfig,
+        module=stdit.STDiTTransformer,
+        abstract_params=stdit.abstract_params,
+        title="STDiT (Open-Sora 1.0)",
+        samplers=("ddpm",),
+    ),
+    "stdit3": Network(
+        config=stdit3.STDiT3Config,
+        module=stdit3.STDiT3Transformer,
+        abstract_params=stdit3.abstract_params,
+        title="STDiT3 (Open-Sora 1.2)",
+        samplers=("rectified-flow",),
     ),
 }
 

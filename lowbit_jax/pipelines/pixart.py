@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.models.pixart import PixArtTransformer
+from lowbit_jax.pipelines import captions
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import PIXART
 
 PIXELS = 8  # rows and columns of pixels of one latent, of the autoencoders of alpha and Sigma
-
-Caption = tuple[Float[Array, "b s c"], Bool[Array, "b s"] | Int[Array, "b s"]]
 
 
 @partial(jax.jit, static_argnames=("model",))
@@ -23,11 +22,11 @@ def sample_latents(
     model: PixArtTransformer,
     params: Any,
     noise: Float[Array, "b c y x"],
-    caption: Caption,
+    caption: captions.Caption,
     steps: loop.Steps,
     *,
     scale: Float[Array, ""] | float | None = 4.5,
-    negative: Caption | None = None,
+    negative: captions.Caption | None = None,
 ) -> Float32[Array, "b c y x"]:
     """Denoise `noise` into latents; compiled once per shape and kernel formats.
 
@@ -49,13 +48,7 @@ def sample_latents(
             `lowbit_jax.samplers.loop.sample`.
     """
     if scale is not None:
-        negative = negative or _null_caption(model, params, caption)
-        if jnp.shape(negative[0]) != jnp.shape(caption[0]):
-            raise ValueError(
-                f"the negative caption has shape {jnp.shape(negative[0])}, the caption "
-                f"{jnp.shape(caption[0])}: pad both to as many tokens"
-            )
-        caption = PIXART.double(caption[0], negative[0]), PIXART.double(caption[1], negative[1])
+        caption = captions.double(PIXART, caption, negative, params)
     conditions: tuple[Array, ...] = ()
     if model.config.micro_conditions:
         height, width = (PIXELS * side for side in noise.shape[2:])
@@ -68,10 +61,3 @@ def sample_latents(
 
     denoiser = denoise if scale is None else PIXART.guide(denoise, scale)
     return loop.sample(denoiser, noise, steps)
-
-
-def _null_caption(model: PixArtTransformer, params: Any, caption: Caption) -> Caption:
-    if not model.config.null_caption_length:
-        raise ValueError("guidance needs `negative`: this PixArt stores no null caption")
-    null = params["y_embedder"]["y_embedding"]
-    return jnp.broadcast_to(null, (len(caption[0]), *null.shape)), caption[1]

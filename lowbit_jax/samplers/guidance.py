@@ -63,4 +63,8 @@ class Guidance:
 DIT_PUBLISHED = Guidance(channels=3)
 DIT_DIFFUSERS = Guidance()
 PIXART = Guidance(order="unconditional first")  # its variance is dropped by DPM-Solver
-OPENSORA = Guidance()  # 1.0 (with the conditional half's variance) and 1.2
+# Open-Sora 1.0 took facebook's guidance over, with the first three of four channels
+OPENSORA_1_0 = Guidance(channels=3)
+OPENSORA_1_2 = Guidance()
+LATTE = Guidance()  # the class-conditional one, as published
+LATTE_1 = PIXART  # as diffusers' pipeline has it

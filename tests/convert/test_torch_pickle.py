@@ -218,7 +218,10 @@ BROKEN = {
         b"\x80\x02}(" + encode("a") + b"N" + encode("a") + b"Nu.", "key 'a' appears twice"),
     "a key of tuples": (b"\x80\x02})Ns.", "a key of a dict is a tuple, not a string or a short"),
     "a long key": (b"\x80\x02}(" + encode(2**61 - 1) + b"Nu.", "a key of a dict is a int, not"),
-    "arguments for an OrderedDict": (program(call(ORDERED, 1)), "OrderedDict is given arguments"),
+    "a number for an OrderedDict": (program(call(ORDERED, 1)), "is not given a list of pairs"),
+    "triples for an OrderedDict": (program(call(ORDERED, [["a", 1, 2]])), "given a list of pairs"),
+    "a key twice in its pairs": (
+        program(call(ORDERED, [["a", 1], ["a", 2]])), "the key 'a' appears twice"),
     "a Size of strings": (
         program(call(name("torch.Size"), ("a",))), "torch.Size is not given sizes"),
     "a Parameter of a dict": (
@@ -272,6 +275,15 @@ def test_broken_pickles(tmp_path, case):
     if case != "bytes after STOP":  # there, another pickle follows anyway
         with pytest.raises(CheckpointError):
             TorchFile(write(tmp_path / "b.pt", raw, legacy=True))
+
+
+def test_dicts_as_old_programs_wrote_them(tmp_path):
+    """An OrderedDict of Python 2, strings of its kind, and an optimizer's numbers of objects."""
+    weights = call(ORDERED, [[Raw(b"U\x01a"), tensor()], [Raw(b"U\x01b"), tensor()]])
+    value = {"model": weights, "optimizer": {140_213_456_789_012: None, -1: None}}
+    for legacy in (False, True):
+        with TorchFile(write(tmp_path / "a.pt", value, legacy)) as file:
+            assert file.names == ("a", "b") and file.read("b").tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def nested(count: int) -> bytes:

@@ -14,6 +14,7 @@ from lowbit_jax.models.latte_t2v import (
     abstract_params,
 )
 from tests.references.latte_t2v_files import TINY, diffusers_shapes
+from tests.references.video_params import random_tree
 
 
 def tiny(**changes):
@@ -78,11 +79,9 @@ def test_a_full_width_pair_equals_diffusers(reference):
     assert error(reference, config, tokens=120) < 5e-5
 
 
-def random_params(config, seed=0):
-    """A tree of our own with nothing at zero, for checks that need no reference."""
-    leaves, tree = jax.tree.flatten(abstract_params(config, jnp.float32))
-    rng = np.random.default_rng(seed)
-    return tree.unflatten([0.2 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves])
+def random_params(config):
+    """A tree that needs no reference."""
+    return random_tree(abstract_params(config, jnp.float32))
 
 
 def test_padding_of_a_caption_changes_nothing():
@@ -113,7 +112,7 @@ def test_a_caption_of_nothing_but_padding_is_visible():
 def test_bfloat16_runs_near_float32():
     """8 bits, and the roundings of 3 pairs of blocks."""
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(TINY))
-    exact = LatteT2VTransformer(TINY).apply({"params": params}, **example(TINY))
+    exact = jax.jit(LatteT2VTransformer(TINY).apply)({"params": params}, **example(TINY))
     low = jax.jit(LatteT2VTransformer(TINY, jnp.bfloat16).apply)
     out = low({"params": params}, **example(TINY))
     assert out.dtype == jnp.bfloat16

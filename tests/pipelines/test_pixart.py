@@ -142,7 +142,7 @@ def test_a_quantised_tree_takes_the_same_door(reference):
 @pytest.mark.parametrize(
     ("config", "tokens", "message"),
     [
-        (SIGMA, None, "guidance needs `negative`: this PixArt stores no null caption"),
+        (SIGMA, None, "guidance needs `negative`: this network stores no null caption"),
         (SIGMA, 6, r"negative caption has shape \(2, 6, 20\), the caption \(2, 7, 20\): pad both"),
         (dataclasses.replace(ORIGINAL, null_caption_length=9), None, r"\(2, 9, 20\), the caption"),
     ],

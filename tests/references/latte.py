@@ -12,6 +12,7 @@ from tests.references.video_torch import (
     normalise,
     picture_waves,
     randomise,
+    run,
     state_arrays,
     waves,
 )
@@ -109,10 +110,3 @@ def meta_latte(config):
     """Names and shapes without memory."""
     with torch.device("meta"):
         return Latte(config)
-
-
-def run(model, inputs):
-    """The reference's output for numpy inputs by name."""
-    tensors = {name: torch.as_tensor(value) for name, value in inputs.items()}
-    with torch.no_grad():
-        return model(**tensors).numpy()

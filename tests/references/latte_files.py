@@ -5,15 +5,14 @@ Shares nothing with the tables of `convert`. Needs no torch.
 
 from lowbit_jax.models.latte import LatteConfig
 
-# Small, every layer there more than once, no two sizes equal that could be mistaken; a width whose
-# heads the original code's sizes say, as its files do not.
+# Small, every layer there more than once, no two sizes equal that could be mistaken.
 TINY = LatteConfig(
     sample_size=8,
     patch_size=2,
     in_channels=3,
-    hidden_size=384,
+    hidden_size=80,
     depth=4,
-    num_heads=6,
+    num_heads=2,
     num_classes=10,
     num_frames=5,
 )

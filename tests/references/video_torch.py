@@ -7,6 +7,7 @@ einsum, so that nothing is shared with the way our modules do it.
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -159,3 +160,10 @@ def randomise(model, seed=0):
 def state_arrays(model):
     """State dict as numpy arrays."""
     return {name: value.detach().numpy() for name, value in model.state_dict().items()}
+
+
+def run(model, inputs):
+    """The reference's output for numpy inputs by name."""
+    tensors = {name: torch.tensor(np.asarray(value)) for name, value in inputs.items()}
+    with torch.no_grad():
+        return model(**tensors).numpy()

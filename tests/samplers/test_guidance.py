@@ -9,7 +9,9 @@ from lowbit_jax.samplers.ddim import DIT_SCHEDULE
 from lowbit_jax.samplers.guidance import (
     DIT_DIFFUSERS,
     DIT_PUBLISHED,
-    OPENSORA,
+    LATTE,
+    OPENSORA_1_0,
+    OPENSORA_1_2,
     PIXART,
     Guidance,
 )
@@ -59,7 +61,9 @@ def published(name, state, scale):
         ("facebook", DIT_PUBLISHED),
         ("diffusers", DIT_DIFFUSERS),
         ("pixart", PIXART),
-        ("opensora", OPENSORA),
+        ("facebook", OPENSORA_1_0),  # its code has the same three channels
+        ("diffusers", LATTE),  # its code has all four
+        ("opensora", OPENSORA_1_2),
     ],
 )
 def test_guidance_equals_the_published_formulas(name, guidance, scale):
@@ -69,7 +73,7 @@ def test_guidance_equals_the_published_formulas(name, guidance, scale):
 
 
 def test_the_orders_of_the_halves():
-    for guidance in (DIT_PUBLISHED, DIT_DIFFUSERS, OPENSORA):
+    for guidance in (DIT_PUBLISHED, DIT_DIFFUSERS, OPENSORA_1_2):
         np.testing.assert_array_equal(
             guidance.double(CONDITIONAL, UNCONDITIONAL), [*CONDITIONAL, *UNCONDITIONAL]
         )

@@ -1,0 +1,87 @@
+"""Text-to-video sampling (Latte-1, STDiT, STDiT3): text states and noise in, latents out."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+
+from lowbit_jax.models.latte_t2v import LatteT2VTransformer
+from lowbit_jax.models.stdit import STDiTTransformer
+from lowbit_jax.models.stdit3 import STDiT3Transformer
+from lowbit_jax.pipelines import captions
+from lowbit_jax.samplers import loop
+from lowbit_jax.samplers.guidance import Guidance
+
+
+class Shot(NamedTuple):
+    """What STDiT3 is told of a video beside its caption.
+
+    Attributes:
+        fps: frames per second. Open-Sora gives 120 for a picture.
+        height: in pixels.
+        width: in pixels.
+    """
+
+    fps: Float[Array, ""] | float
+    height: Float[Array, ""] | float
+    width: Float[Array, ""] | float
+
+
+@partial(jax.jit, static_argnames=("model", "guidance"))
+def sample_latents(
+    model: LatteT2VTransformer | STDiTTransformer | STDiT3Transformer,
+    params: Any,
+    noise: Float[Array, "b c f y x"],
+    caption: captions.Caption,
+    steps: loop.Steps,
+    *,
+    guidance: Guidance,
+    scale: Float[Array, ""] | float | None = 7.0,
+    negative: captions.Caption | None = None,
+    shot: Shot | None = None,
+    key: Key[Array, ""] | None = None,
+    step_noise: Float[Array, "n b c f y x"] | None = None,
+) -> Float32[Array, "b c f y x"]:
+    """Denoise `noise` into latents; compiled once per shape, sampler and kernel formats.
+
+    | network | steps of | guidance |
+    |---|---|---|
+    | Latte-1 | `ddim.DIT_SCHEDULE` | `LATTE_1` |
+    | STDiT | `ddpm.DIT_SCHEDULE`, at `space_timesteps(1000, "100")` | `OPENSORA_1_0` |
+    | STDiT3 | `rectified_flow.OPENSORA_1_2_SCHEDULE` | `OPENSORA_1_2` |
+
+    Args:
+        model: the module; its dtype is the dtype of the computation.
+        params: its parameters, float or quantised in any mix.
+        noise: standard normal start.
+        caption: states of the text encoder and their mask (True or 1: no padding).
+        steps: of a sampler.
+        guidance: of `lowbit_jax.samplers.guidance`, as published.
+        scale: of classifier-free guidance, which doubles the batch; None for one forward of b.
+        negative: what guidance leads away from; see `captions.double`.
+        shot: rate and size of the videos; for STDiT3 only.
+        key: source of the noise added in every step, for steps that add any.
+        step_noise: that noise itself, in place of `key`.
+
+    Raises:
+        ValueError: a shot that is missing or that the network does not take; guidance without a
+            negative caption; see also `lowbit_jax.samplers.loop.sample`.
+    """
+    if (shot is not None) != isinstance(model, STDiT3Transformer):
+        raise ValueError(f"shot is {shot}: STDiT3 takes one, {type(model).__name__} was given")
+    if scale is not None:
+        caption = captions.double(guidance, caption, negative, params)
+    numbers = {} if shot is None else shot._asdict()
+    conditions: dict[str, Any] = {
+        name: jnp.full(len(caption[0]), value) for name, value in numbers.items()
+    }
+
+    def denoise(x, timestep):
+        return model.apply({"params": params}, x, timestep, *caption, **conditions)
+
+    denoiser = denoise if scale is None else guidance.guide(denoise, scale)
+    return loop.sample(denoiser, noise, steps, key=key, step_noise=step_noise)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
+from functools import partial
 from typing import Any
 
 from convert import fields
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
-from convert.table import Layout, Row
+from convert.table import Constant, Layout, Row
+from lowbit_jax.models.patches import position_table
 from lowbit_jax.models.pixart import PixArtConfig
 
 # what this port computes, as diffusers' config says it; a config.json may leave each out
@@ -26,6 +27,7 @@ STACKS = {"blocks": "depth"}
 # of the original layout
 PUBLISHED_HEADS = {1152: 16}  # by width
 POSITIONS = "pos_embed"
+NULL_CAPTION = "y_embedder.y_embedding"
 SAMPLER = "blocks.{i}.attn.sr.weight"  # there if and only if the layer is compressed
 INTERPOLATIONS = (0.5, 1.0, 2.0, 4.0)  # of 256, 512, 1024 and 2048 pixels
 
@@ -44,6 +46,13 @@ def _halves(config: PixArtConfig) -> tuple[int, ...]:
 
 def _patch(config: PixArtConfig) -> tuple[int, ...]:
     return (config.in_channels, config.patch_size, config.patch_size)
+
+
+def _position_table(config: PixArtConfig) -> Any:
+    side = config.sample_size // config.patch_size
+    return position_table(
+        (side, side), config.hidden_size, base=side, interpolation=config.interpolation
+    )[None]
 
 
 def _embedders(*pairs: tuple[str, str], layers: tuple[str, str]) -> tuple[Row, ...]:
@@ -101,7 +110,7 @@ ORIGINAL = Layout(
             layers=("0", "2"),
         ),
         _row("t_block", "t_block.1"),
-        _row("y_embedder/y_embedding", "y_embedder.y_embedding", vector=True, optional=True),
+        _row("y_embedder/y_embedding", NULL_CAPTION, vector=True, optional=True),
         _row("y_embedder/y_proj/fc1", "y_embedder.y_proj.fc1"),
         _row("y_embedder/y_proj/fc2", "y_embedder.y_proj.fc2"),
         _row(f"{_B}scale_shift_table", f"{_O}scale_shift_table", vector=True),
@@ -124,6 +133,8 @@ ORIGINAL = Layout(
         _row("final_layer/scale_shift_table", "final_layer.scale_shift_table", vector=True),
         _row("final_layer/linear", "final_layer.linear"),
     ),
+    # of the trained size; the published samplers drop it and compute one for the picture's
+    constants=(Constant(source=POSITIONS, value=_position_table, optional=True),),
 )
 
 LAYOUTS = (DIFFUSERS, ORIGINAL)
@@ -240,20 +251,12 @@ def _from_original(checkpoint: Checkpoint) -> PixArtConfig:
     """Sizes from shapes; `check` compares every shape with them afterwards."""
     stated = checkpoint.config or {}
     names = set(checkpoint.names)
-
-    def shape(name: str, axes: int = 2) -> tuple[int, ...]:
-        found = tuple(checkpoint.info(name).shape)
-        if len(found) != axes or 0 in found:
-            raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
-        return found
-
+    shape = partial(fields.shape, checkpoint)
     width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
-    # a block that is missing among them shortens the model, and `check` names it
-    depth = len({name.split(".")[1] for name in names if re.match(r"blocks\.\d+\.", name)})
+    depth = fields.depth(checkpoint)
     compressed = [i for i in range(depth) if SAMPLER.format(i=i) in names]
-    null = "y_embedder.y_embedding"
     side, interpolation = _positions(checkpoint, stated, patch)
-    out = shape("final_layer.linear.weight")[0] // patch**2
+    outputs = shape("final_layer.linear.weight")[0]
     return PixArtConfig(
         sample_size=side,
         interpolation=interpolation,
@@ -261,25 +264,14 @@ def _from_original(checkpoint: Checkpoint) -> PixArtConfig:
         in_channels=channels,
         hidden_size=width,
         depth=depth,
-        num_heads=_heads(stated, width),
+        num_heads=fields.heads(stated, width, PUBLISHED_HEADS),
         caption_channels=shape("y_embedder.y_proj.fc1.weight")[1],
-        learn_sigma=fields.learns_sigma(channels, out),
+        learn_sigma=fields.learns_sigma(channels, outputs // patch**2),
         micro_conditions="csize_embedder.mlp.0.weight" in names,
-        null_caption_length=shape(null)[0] if null in names else 0,
+        null_caption_length=shape(NULL_CAPTION)[0] if NULL_CAPTION in names else 0,
         compressed_layers=tuple(compressed),
         compression=shape(SAMPLER.format(i=compressed[0]), 4)[-1] if compressed else 2,
     )
-
-
-def _heads(stated: dict[str, Any], width: int) -> int:
-    if "num_attention_heads" in stated:
-        return fields.integer(stated, "num_attention_heads")
-    if width not in PUBLISHED_HEADS:
-        raise ValueError(
-            f"the heads of a width of {width} are in no tensor (published: "
-            f"{PUBLISHED_HEADS}); add a config.json with num_attention_heads"
-        )
-    return PUBLISHED_HEADS[width]
 
 
 def _positions(checkpoint: Checkpoint, stated: dict[str, Any], patch: int) -> tuple[int, float]:

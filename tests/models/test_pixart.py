@@ -229,7 +229,7 @@ def test_inputs_that_do_not_fit_are_named(config, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads": 7}, "hidden_size 96 is not a multiple of num_heads 7"),
+        ({"num_heads": 7}, "hidden_size 120 is not a multiple of num_heads 7"),
         ({"hidden_size": 50}, "hidden_size 50 is not a multiple of 4"),
         ({"hidden_size": 64}, "hidden_size 64 is not a multiple of 3, as micro_conditions need"),
         ({"sample_size": 9}, "sample_size 9 is not a multiple of patch_size 2"),

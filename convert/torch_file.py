@@ -65,8 +65,11 @@ class TorchFile(MappedFile):
         if type(value) is not dict or not value:
             kind = value.name if isinstance(value, Opaque) else f"a {type(value).__name__}"
             raise CheckpointError(self.path, f"holds {kind}, not a dict of tensors")
-        found = {part: [key for key in keys if key in value] for part, keys in PARTS.items()}
-        if not (found["ema"] or found["model"]) or any(map(_is_tensor, value.values())):
+        found = {
+            part: [key for key in keys if type(value.get(key)) is dict]
+            for part, keys in PARTS.items()
+        }
+        if not (found["ema"] or found["model"]):
             if self._weights != "auto":
                 raise CheckpointError(self.path, no_choice(self._weights))
             return value
@@ -77,9 +80,8 @@ class TorchFile(MappedFile):
             keys = ", ".join(map(quote, found[part])) or f"none of {', '.join(PARTS[part])}"
             raise CheckpointError(self.path, f"weights '{part}': it holds {keys}; {_keys(value)}")
         key = found[part][0]
-        if type(value[key]) is not dict or not value[key]:
-            kind = f"a {type(value[key]).__name__}"
-            raise CheckpointError(self.path, f"{quote(key)} is {kind}, not a dict of tensors")
+        if not value[key]:
+            raise CheckpointError(self.path, f"{quote(key)} is empty; {_keys(value)}")
         left = ", ".join(quote(other) for other in value if other != key)
         self.notes = (f"took {quote(key)}; left {left or 'nothing'}",)
         return value[key]

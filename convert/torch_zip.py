@@ -30,6 +30,7 @@ _END, _END64, _LOCATOR = (
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF  # "see the zip64 record"
 _DESCRIPTOR, _UTF8 = 8, 0x800  # flags: sizes follow the data; the name is UTF-8
+_FOLDER = 0x10  # an attribute by which other readers, torch's too, skip a member's data
 _KNOWN = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment"}
 _SERIAL = ".data/serialization_id"
 
@@ -104,7 +105,8 @@ class _Zip:
         starts = [member.header for member in members]
         if starts[:1] != [0]:
             _fail(self.path, "zip: no member begins at byte 0: bytes were added in front")
-        found, root = dict[str, Member](), ""
+        found: dict[str, Member] = {}
+        root = ""
         for member, stop in zip(members, [*starts[1:], begin], strict=True):
             member = self._locate(member, stop)
             folder, _, name = member.name.partition("/")
@@ -163,7 +165,7 @@ class _Zip:
                 _fail(self.path, f"zip: the directory ends after {len(members)} of {count} members")
             fields = self._unpack(_ENTRY, at)
             magic, _, _, flags, method, _, _, crc, packed, size = fields[:10]
-            names, extras, comment, disk, _, _, header = fields[10:]
+            names, extras, comment, disk, _, attributes, header = fields[10:]
             at += _ENTRY.size
             if magic != b"PK\x01\x02" or at + names + extras + comment > end:
                 _fail(self.path, f"zip: damaged directory entry {len(members)}")
@@ -175,6 +177,8 @@ class _Zip:
                 _fail(self.path, f"zip: member {quote(name)} is compressed; torch.save stores")
             if flags & ~(_DESCRIPTOR | _UTF8) or disk or comment:
                 _fail(self.path, f"zip: member {quote(name)} is encrypted, split or commented")
+            if attributes & _FOLDER:
+                _fail(self.path, f"zip: member {quote(name)} is marked as a folder")
             member = Member(name=name, size=size, header=header, flags=flags, crc=crc)
             members.append(member)
         if at != end:
@@ -264,7 +268,7 @@ def _is_descriptor(raw: bytes, true: tuple[int, int, int]) -> bool:
 
 
 def _plain(part: str) -> bool:
-    return part not in ("", ".", "..") and not set(part) & set("\\:\0") and part.isprintable()
+    return part not in ("", ".", "..") and not set(part) & set("\\\0") and part.isprintable()
 
 
 def _listed(names: Iterable[str]) -> str:

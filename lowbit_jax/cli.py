@@ -1,4 +1,4 @@
-"""`lowbit-jax inspect DIR`: what a converted checkpoint holds."""
+"""`lowbit-jax`: inspect a converted checkpoint, list recipes, audit the GPU kernels."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
+from rich.table import Table
 
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.report import size_report, size_table
+from pallas_kernels.audit.cases import cases
+from pallas_kernels.audit.compile import ToolError
+from pallas_kernels.audit.report import COLUMNS, cells, write_json
+from pallas_kernels.audit.verdict import failures, figure
+from pallas_kernels.audit.workers import examine_all
+
+TABLE_WIDTH = 220  # columns of the audit's table where the output is a file or a pipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +40,48 @@ class Recipes:
     """List the named recipes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Compile the kernels for GPUs that need not be there, and check the machine code.
+
+    Needs the extra "audit" (`make audit` installs it) and no GPU. Every figure is static or of a
+    model; none is a measured speed.
+    """
+
+    targets: tuple[str, ...] = ("a100",)
+    """Which of a100, a10, l20, h100. The floors hold on the A100; spills fail on every one."""
+    ops: tuple[str, ...] = ()
+    """Only these ops; without, all."""
+    full: bool = False
+    """Every op at every layer with every number of rows, not only the main shapes."""
+    workers: int = 2
+    """Processes that compile."""
+    json: Path | None = None
+    """Also write every number to this file."""
+
+
 Command = (
     Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, or 2 with one line on stderr for bad input."""
+    """Entry point; returns the exit code: 0, 1 for an audit that failed, or 2 for bad input.
+
+    Bad input is said in one line on stderr.
+    """
     command = tyro.cli(Command, args=argv, prog="lowbit-jax")  # type: ignore[arg-type, var-annotated]
     console = Console(markup=False)
     try:
+        if isinstance(command, Audit):
+            return audit(command, console)
         if isinstance(command, Inspect):
             inspect(command, console)
         else:
             list_recipes(console)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ToolError) as error:
         print(f"lowbit-jax: {error}", file=sys.stderr)
         return 2
     return 0
@@ -84,6 +120,37 @@ def inspect(command: Inspect, console: Console) -> None:
     if command.verify:
         load(command.folder)
         console.print("every tensor matches its digest")
+
+
+def audit(command: Audit, console: Console) -> int:
+    """Audit the kernels, print a table, the failures and one line of figures; 1 if any failed.
+
+    Raises:
+        ValueError: an unknown op or target.
+        ToolError: a piece of the compiler is missing, or fails.
+    """
+    chosen = cases(command.ops, full=command.full)
+    jobs = [(case, name, None) for name in command.targets for case in chosen]
+    stream = examine_all(jobs, command.workers)
+    progress = Console(stderr=True)
+    findings = list(track(stream, "compiling", len(jobs), console=progress, transient=True))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=True)
+    wrong = []
+    for found in findings:
+        table.add_row(*cells(found))
+        name = f"{found.target} {found.case.op} {found.case.shape}"
+        wrong += [f"FAILED {name}: {failure}" for failure in failures(found)]
+    wide = console if console.is_terminal else Console(markup=False, width=TABLE_WIDTH)
+    wide.print("machine code and modelled bounds; nothing here is a measured speed")
+    wide.print(table)
+    for line in wrong:
+        console.print(line, soft_wrap=True)
+    if command.json:
+        write_json(command.json, findings)
+    console.print(figure(findings), soft_wrap=True)
+    return 1 if wrong else 0
 
 
 def list_recipes(console: Console) -> None:

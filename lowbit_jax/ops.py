@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax.quant.qtensor import QTensor
-from pallas_kernels import reference
+from pallas_kernels import api
+from pallas_kernels.rows import QuantizedRows
+
+
+class Before(Protocol):
+    """What happens to the input of a product: a pytree that can be fused with quantising rows."""
+
+    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
+        """In floating point."""
+
+    def quantize_rows(self, x: Float[Array, "b t k"], bits: int) -> QuantizedRows:
+        """The same, quantised per row, in one pass where there is a kernel for it."""
 
 
 def linear(
     x: Float[Array, "... k"],
     kernel: Float[Array, "k n"] | QTensor,
     bias: Float[Array, "n"] | None = None,
+    *,
+    before: Before | None = None,
+    gate: Float[Array, "b ... n"] | None = None,
+    residual: Float[Array, "... n"] | None = None,
 ) -> Float[Array, "... n"]:
-    """`x @ kernel + bias`, accumulated in float32 and returned in the dtype of `x`.
+    """`residual + gate * (before(x) @ kernel + bias)`, summed in float32, in the dtype of `x`.
 
-    A `QTensor` with `act_bits` quantises each row of `x` on the fly and multiplies integers;
-    without, its codes are multiplied with `x` as it is.
+    A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
+    without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
+    what comes after the sum in it (`pallas_kernels.api`).
+
+    The gradient of a quantised product is that of the floating-point product with the weights its
+    codes stand for, straight through the rounding of the input; scales have gradients, codes none.
+
+    Args:
+        x: input.
+        kernel: weights.
+        bias: added to the product.
+        before: what happens to x first, such as `models.layers.AdaLN`.
+        gate: factors of the outputs, one vector per sample or per frame, see `over_tokens`.
+        residual: what the gated product is added to.
 
     Raises:
         ValueError: when k differs, with both numbers.
     """
-    k, n = logical_shape(kernel)[-2:]
+    k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
-    if not isinstance(kernel, QTensor):
-        y = _float_matmul(x, kernel.astype(x.dtype))
-    else:
-        matmul = _weight_only_matmul if kernel.act_bits is None else _integer_matmul
-        y = matmul(x.reshape(-1, k), kernel).reshape(*x.shape[:-1], n)
-    if bias is not None:
-        y = y + bias.astype(jnp.float32)
-    return y.astype(x.dtype)
+    product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
+    return product(x, kernel, bias, before, gate, residual)
+
+
+def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
+    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
+
+    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
+    """
+    ones = (1,) * (x.ndim - vectors.ndim)
+    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
 
 
 def logical_shape(kernel) -> tuple[int, ...]:
     """Shape of the floating array a parameter stands for: (k, n) for a QTensor's stored (n, k)."""
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
+
+
+def _float_linear(x, kernel, bias, before, gate, residual):
+    if before is not None:
+        x = before(x)
+    y = _float_matmul(x, kernel.astype(x.dtype))
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    y = y.astype(x.dtype)
+    if gate is not None:
+        y = over_tokens(gate, y) * y
+    return y if residual is None else residual + y
 
 
 @jax.custom_vjp
@@ -66,47 +110,39 @@ def _float_matmul_bwd(saved, grad):
 _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 
 
-def _weight_only_matmul(x, weight: QTensor):
-    """Float activations. A channel's scale goes after the product: codes are exact in bf16."""
-    if weight.scale.shape[-1] == 1:
-        w, after = _centred_codes(weight), weight.scale[:, 0]
+@jax.custom_vjp
+def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
+    n, k = weight.shape
+    if weight.act_bits is None:
+        rows = (x if before is None else before(x)).reshape(-1, k)
     else:
-        w, after = weight.dequantize(x.dtype), jnp.float32(1)
-    y = jax.lax.dot_general(
-        x, w.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        quantize = api.quantize_rows if before is None else before.quantize_rows
+        parts = quantize(x, weight.act_bits)
+        rows = QuantizedRows(*(part.reshape(-1, part.shape[-1]) for part in parts))
+    y = api.matmul(
+        rows,
+        weight.codes,
+        weight.scale,
+        weight.zero,
+        format=weight.format,
+        group=weight.group,
+        bias=bias,
+        gate=None if gate is None else gate.reshape(-1, n),
+        residual=None if residual is None else residual.reshape(-1, n),
+        out_dtype=x.dtype if x.dtype == jnp.bfloat16 else jnp.float32,
     )
-    return y * after
+    return y.astype(x.dtype).reshape(*x.shape[:-1], n)
 
 
-def _integer_matmul(x, weight: QTensor):
-    """Per-token integer activations times integer weights; both scales applied after the sum."""
-    assert weight.act_bits is not None
-    codes, x_scale = reference.quantize_rows(x, weight.act_bits)
-    if weight.scale.shape[-1] > 1:
-        return x_scale * _grouped(codes, weight)
-    y = reference.matmul_codes(codes, weight.unpacked())
-    if weight.zero is not None:  # x.(c - z) = x.c - z sum(x): exact, and codes stay within int8
-        y = y - _row_sums(codes) * weight.zero[:, 0].astype(jnp.float32)
-    return y * x_scale * weight.scale[:, 0]
+def _quantized_linear_fwd(*operands):
+    return _quantized_linear(*operands), operands
 
 
-def _grouped(codes, weight: QTensor):
-    y = reference.grouped_matmul_codes(codes, weight.unpacked(), weight.scale, weight.group)
-    if weight.zero is None:
-        return y
-    groups, group = weight.scale.shape[-1], weight.group
-    padded = jnp.pad(codes, ((0, 0), (0, groups * group - codes.shape[-1])))
-    sums = _row_sums(padded.reshape(-1, groups, group))[..., 0]
-    shift = (weight.scale * weight.zero).astype(jnp.float32)
-    return y - jnp.dot(sums, shift.T, precision=jax.lax.Precision.HIGHEST)
+def _quantized_linear_bwd(operands, grad):
+    def as_floats(x, weight, *rest):
+        return _float_linear(x, weight.dequantize().T, *rest)
+
+    return jax.vjp(as_floats, *operands)[1](grad)
 
 
-def _row_sums(codes):
-    return jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-
-
-def _centred_codes(weight: QTensor):
-    codes = weight.unpacked()
-    if weight.zero is None:
-        return codes
-    return codes.astype(jnp.int16) - weight.zero.astype(jnp.int16)
+_quantized_linear.defvjp(_quantized_linear_fwd, _quantized_linear_bwd)

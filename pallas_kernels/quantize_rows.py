@@ -1,6 +1,7 @@
-"""Per-token quantisation as a Pallas-Triton kernel; equal to `reference.quantize_rows`.
+"""Per-token quantisation as one Pallas-Triton kernel: of rows, after AdaLN, or after GELU.
 
-It has run in interpret mode and has been lowered for CUDA; it has never run on a GPU.
+Equal to `reference_rows`. It has run in interpret mode and has been lowered for CUDA; it has never
+run on a GPU.
 """
 
 from __future__ import annotations
@@ -11,141 +12,205 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float, Float32
 
-from pallas_kernels import tiles
+from pallas_kernels import row_math, row_walk, tiles
+from pallas_kernels.reference_rows import check_modulate, check_rows
+from pallas_kernels.row_walk import Walk
+from pallas_kernels.rows import QuantizedRows
 
-# 64 float32 values a thread at 8 warps, so that a row of 15360 (FLUX's widest) is read once
-WIDEST_ROW = 16384
-# a tile of narrow rows holds this many values: 32 a thread at 4 warps
-TILE_VALUES = 4096
+# A block is 8 values a thread, which in bfloat16 is one load of 16 bytes, and at most 8 warps.
+# A row of up to 9 blocks (18432 values) stays in registers, 72 or fewer a thread.
+WARP_VALUES, WIDEST_BLOCK = 256, 2048
+STATIC = ("bits", "rotation", "block_k", "interpret")
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "block_k", "interpret"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def quantize_rows(
     x: Float[Array, "m k"],
     bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
     *,
     block_k: int | None = None,
     interpret: bool = False,
-) -> tuple[Int8[Array, "m k"], Float32[Array, "m 1"]]:
-    """Symmetric dynamic quantisation, one scale per row: `reference.quantize_rows` as a kernel.
+) -> QuantizedRows:
+    """Symmetric dynamic quantisation, one scale per row: `reference_rows.quantize_rows`.
 
-    A row that fits in one block of `block_k` is read once and stays in registers; a longer one is
-    read twice, for its largest value and for its codes.
+    Without a rotation the two are equal bit for bit. With one, the kernel's float32 values are off
+    by what `row_math.rotate` says: of 10^4 8-bit codes of normal values about one, next to a tie,
+    differs by 1.
+
+    One program per row. A row of up to nine blocks, which by default is one of up to 18432 values,
+    is read once and stays in registers; a longer one is read twice, for its largest value and for
+    its codes.
 
     Args:
         x: bfloat16 or float32[m, k], any m and k.
         bits: 2 to 8; codes lie in [-qmax, qmax], qmax = 2^(bits-1) - 1.
-        block_k: values of a row per step, a power of two; None: the row, up to 16384.
+        mask: float32[k], multiplies the channels.
+        rotation: 64, 128 or 256, the block size of the Hadamard rotation after the mask.
+        block_k: values of a block, a power of two up to 2048; None: by k.
         interpret: run the kernel's body as plain JAX, on any platform.
 
-    Returns:
-        int8 codes [m, k] and the float32 scale [m, 1]: 1 for a row of zeros, non-finite for a row
-        with NaN or inf.
+    Raises:
+        ValueError: x is not a bfloat16 or float32 matrix, block_k is no power of two (with a
+            rotation: of at least 256) or over 2048, or see `reference_rows.check_rows`.
+        NotImplementedError: x is empty, or has 2^31 values or more.
+    """
+    return _matrix(row_walk.identity, x, bits, mask, rotation, block_k, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
+def gelu_quantize_rows(
+    x: Float[Array, "m k"],
+    bits: int = 8,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    *,
+    block_k: int | None = None,
+    interpret: bool = False,
+) -> QuantizedRows:
+    """`quantize_rows(gelu(x))` in one pass: `reference_rows.gelu_quantize_rows`.
+
+    Arguments and errors are those of `quantize_rows`; `row_math.gelu` says how exact it is.
+    """
+    return _matrix(row_walk.gelu, x, bits, mask, rotation, block_k, interpret)
+
+
+@functools.partial(jax.jit, static_argnames=(*STATIC, "eps"))
+def modulate_quantize_rows(
+    x: Float[Array, "b t k"],
+    shift: Float[Array, "b k"],
+    scale: Float[Array, "b k"],
+    bits: int = 8,
+    *,
+    eps: float = 1e-6,
+    mask: Float32[Array, "k"] | None = None,
+    rotation: int | None = None,
+    block_k: int | None = None,
+    interpret: bool = False,
+) -> QuantizedRows:
+    """AdaLN and quantisation in one pass: `reference_rows.modulate_quantize_rows`.
+
+    A row of more than nine blocks is read four times: for mean, variance, peak and codes.
+
+    Args:
+        x: bfloat16 or float32[b, t, k].
+        shift: bfloat16 or float32[b, k].
+        scale: likewise.
+        bits: see `quantize_rows`, as for all that follow.
+        eps: added to the variance.
+        mask: float32[k], after AdaLN.
+        rotation: after the mask.
+        block_k: values of a block.
+        interpret: run the kernel's body as plain JAX.
 
     Raises:
-        ValueError: x is not a bfloat16 or float32 matrix, bits outside 2..8, block_k no power of 2.
-        NotImplementedError: x is empty.
+        ValueError: see `quantize_rows` and `reference_rows.check_modulate`.
+        NotImplementedError: see `quantize_rows`.
     """
+    check_modulate(x, shift, scale)
+    operands = {"x": x, "shift": shift[:, None], "scale": scale[:, None]}
+    return _call(row_walk.modulate, operands, bits, mask, rotation, block_k, interpret, eps)
+
+
+def _matrix(prologue, x, *args) -> QuantizedRows:
+    """The kernel on x[m, k]."""
     tiles.check("x", x, (None, None))
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"x must be bfloat16 or float32, got {x.dtype}")
-    if not 2 <= bits <= 8:
-        raise ValueError(f"activation bits {bits} outside 2..8")
     tiles.refuse_empty(x)
-    m, k = x.shape
-    block_k = min(tiles.power_of_two(k), WIDEST_ROW) if block_k is None else block_k
-    if block_k < 1 or block_k != tiles.power_of_two(block_k):
-        raise ValueError(f"block_k must be a power of two, got {block_k}")
-    rows = max(1, min(TILE_VALUES // block_k, tiles.power_of_two(m)))
+    codes, scale, sums = _call(prologue, {"x": x[None]}, *args)
+    return QuantizedRows(codes[0], scale[0], sums[0])
+
+
+def _call(prologue, operands, bits, mask, rotation, block_k, interpret, eps=0.0) -> QuantizedRows:
+    """The kernel on x[b, t, k], and for AdaLN shift and scale[b, 1, k]."""
+    _check(operands, bits, mask, rotation)
+    b, t, k = operands["x"].shape
+    width = _width(block_k, k, rotation)
+    if mask is not None:
+        operands = operands | {"mask": mask[None, None]}
     kernel = functools.partial(
-        _kernel, m=m, k=k, rows=rows, block_k=block_k, qmax=2 ** (bits - 1) - 1, interpret=interpret
+        _kernel,
+        walk=Walk(k, width),
+        prologue=prologue,
+        rotation=rotation,
+        qmax=2 ** (bits - 1) - 1,
+        eps=eps,
+        interpret=interpret,
     )
-    return pl.pallas_call(
+    outputs = ((k, width, jnp.int8), (1, 1, jnp.float32), (1, 1, jnp.int32))
+    found = pl.pallas_call(
         kernel,
-        grid=(pl.cdiv(m, rows),),
-        in_specs=[tiles.covered((m, k), (rows, block_k))],
-        out_specs=(
-            tiles.covered((m, k), (rows, block_k)),
-            tiles.covered((m, 1), (rows, 1)),
-        ),
-        out_shape=(
-            jax.ShapeDtypeStruct((m, k), jnp.int8),
-            jax.ShapeDtypeStruct((m, 1), jnp.float32),
-        ),
+        grid=(t, b),
+        in_specs=[{name: _row(array.shape, width) for name, array in operands.items()}],
+        out_specs=[_row((b, t, n), step) for n, step, _ in outputs],
+        out_shape=[jax.ShapeDtypeStruct((b, t, n), dtype) for n, _, dtype in outputs],
         compiler_params=pltriton.CompilerParams(
-            num_warps=4 if rows * block_k <= TILE_VALUES else 8, num_stages=2
+            num_warps=max(1, width // WARP_VALUES), num_stages=2
         ),
         interpret=interpret,
-        name="quantize_rows",
-    )(x)
+        name=f"{prologue.__name__}_quantize_rows",
+    )(operands)
+    return QuantizedRows(*found)
 
 
-def _kernel(x_ref, codes_ref, scale_ref, *, m, k, rows, block_k, qmax, interpret):
-    row = pl.program_id(0) * rows
-    steps = pl.cdiv(k, block_k)
-
-    def read(i):
-        return tiles.load(x_ref, (m, k), row, i * block_k, (rows, block_k)).astype(jnp.float32)
-
-    def write(i, x, scale):
-        inverse = _inverse(scale, interpret)
-        codes = jnp.clip(_round_half_even(x * inverse, interpret), -qmax, qmax)
-        tiles.store(codes_ref, (m, k), row, i * block_k, codes.astype(jnp.int8))
-
-    if steps == 1:
-        x = read(0)
-        scale = _scale(_peak(x), qmax)
-        write(0, x, scale)
-    else:
-        start = jnp.zeros((rows, 1), jnp.float32)
-        peak = jax.lax.fori_loop(0, steps, lambda i, peak: _larger(peak, _peak(read(i))), start)
-        scale = _scale(peak, qmax)
-        jax.lax.fori_loop(0, steps, lambda i, _: write(i, read(i), scale), None)
-    tiles.store(scale_ref, (m, 1), row, 0, scale)
+def _check(operands, bits, mask, rotation) -> None:
+    x = operands["x"]
+    for name, array in operands.items():
+        if array.dtype not in (jnp.bfloat16, jnp.float32):
+            raise ValueError(f"{name} must be bfloat16 or float32, got {array.dtype}")
+    check_rows(x, bits, mask, rotation)
+    tiles.refuse_empty(x)
+    if x.size >= 2**31:
+        raise NotImplementedError(f"the kernels index with 32 bits: {x.shape} is too large")
 
 
-def _peak(x):
-    """Largest size in each row, NaN where the row has one: no max is trusted to keep it."""
-    peak = jnp.max(jnp.where(x == x, jnp.abs(x), 0.0), axis=1, keepdims=True)
-    nans = jnp.max(jnp.where(x == x, 0.0, 1.0), axis=1, keepdims=True)
-    return jnp.where(nans > 0, jnp.nan, peak)
+def _width(block_k: int | None, k: int, rotation: int | None) -> int:
+    """Values of a block: the fewest that `Walk` keeps the whole row of, or block_k."""
+    least = 1 if rotation is None else row_math.GROUP
+    if block_k is None:
+        fewest = tiles.power_of_two(pl.cdiv(k, row_walk.MAX_KEPT))
+        width = min(max(fewest, WARP_VALUES), WIDEST_BLOCK)
+        return max(least, min(width, tiles.power_of_two(k)))
+    if not least <= block_k <= WIDEST_BLOCK or block_k != tiles.power_of_two(block_k):
+        wanted = f"a power of two from {least} to {WIDEST_BLOCK}"
+        raise ValueError(f"block_k must be {wanted}, got {block_k}")
+    return block_k
 
 
-def _larger(a, b):
-    """Elementwise max of what `_peak` returned; a NaN in either stays."""
-    larger = jnp.where(a > b, a, b)  # b where either is NaN
-    return jnp.where(a == a, larger, a)
+def _row(shape: tuple[int, int, int], width: int) -> pl.BlockSpec:
+    """The row of an array [b, t, k] that program (t, b) works on, made up to whole blocks.
+
+    What lies behind its end is masked by `tiles`. An axis of size 1 is the same for all programs.
+    """
+    images, rows, k = shape
+    index = lambda row, image: (image if images > 1 else 0, row if rows > 1 else 0, 0)  # noqa: E731
+    return pl.BlockSpec((None, 1, pl.cdiv(k, width) * width), index)
 
 
-def _scale(peak, qmax):
-    scale = peak * jnp.float32(1 / qmax)
-    return jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)
+def _kernel(
+    refs, codes_ref, scale_ref, sums_ref, *, walk, prologue, rotation, qmax, eps, interpret
+):
+    prepared = prologue(walk, refs, eps=eps, interpret=interpret)
 
+    def finished(i):
+        x = prepared(i)
+        if "mask" in refs:
+            x = x * walk.load(refs["mask"], i)
+        return x if rotation is None else row_math.rotate(x, rotation)
 
-# Triton divides approximately (div.full.f32, up to 2 ulp), has no round, and adding 1.5 * 2^23 to
-# round would be fused with the product before it, which skips a rounding. One PTX instruction each
-# does what IEEE says; interpret mode, which knows no assembly, takes the same from jnp.
-def _inverse(scale, interpret):
-    if interpret:
-        return 1 / scale
-    return _ptx("rcp.rn.f32 $0, $1;", "=f,f", scale, jnp.float32)
+    read = walk.kept(finished)
+    sizes = walk.total(jnp.maximum, lambda i: row_math.size_bits(read(i)))
+    scale = row_math.scale_of(row_math.over_row(jnp.max, sizes), qmax)
+    inverse = row_math.inverse(scale, interpret)
 
+    def write(i):
+        # |x| <= peak, so no quotient rounds to more than qmax: there is nothing to clip
+        codes = row_math.round_half_even(read(i) * inverse, interpret)
+        narrow = codes.astype(jnp.int8)
+        walk.store(codes_ref, i, narrow if rotation is None else row_math.unfold(narrow))
+        return codes
 
-def _round_half_even(x, interpret):
-    """float32 to the nearest int32, ties to even, NaN to 0."""
-    if interpret:
-        return jnp.round(jnp.where(x == x, x, 0.0)).astype(jnp.int32)
-    return _ptx("cvt.rni.s32.f32 $0, $1;", "=r,f", x, jnp.int32)
-
-
-def _ptx(instruction, constraints, x, dtype):
-    (y,) = pltriton.elementwise_inline_asm(
-        instruction,
-        args=[x],
-        constraints=constraints,
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
-    )
-    return y
+    sums_ref[...] = row_math.over_row(jnp.sum, walk.total(jnp.add, write))
+    scale_ref[...] = scale

@@ -15,9 +15,6 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
-OUT_DTYPES = (jnp.float32, jnp.bfloat16)
-"""What a matrix product may be returned in."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -59,46 +56,46 @@ def load(ref, size: tuple[int, int], row, col, shape: tuple[int, int]):
     return pltriton.load(tile, mask=mask, other=None if mask is None else 0)
 
 
+def load_column(ref, size: tuple[int, int], row, col, rows: int):
+    """`rows` entries, from (row, col) downwards, of a covered array of this size; 0 behind."""
+    mask = None
+    if ref.shape[0] != size[0]:
+        mask = row + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0) < size[0]
+    col = np.int32(col) if isinstance(col, int) else col  # interpret mode asks for its shape
+    column = ref.at[pl.ds(row, rows), col]
+    return pltriton.load(column, mask=mask, other=None if mask is None else 0)
+
+
 def store(ref, size: tuple[int, int], row, col, value) -> None:
     """Writes a tile at (row, col) of a covered array of this size, but not behind its edges."""
     tile = ref.at[pl.ds(row, value.shape[0]), pl.ds(col, value.shape[1])]
     pltriton.store(tile, value, mask=_mask(ref, size, row, col, value.shape))
 
 
-def store_scaled(total, size, row, col, x_scale_ref, w_scale_ref, bias_ref, out_ref) -> None:
-    """The epilogue: int32 total x row scale x column scale (+ bias) in float32, then the cast.
+def store_epilogue(total, size: tuple[int, int], row, col, refs, rows_per_gate, out_ref) -> None:
+    """Writes `residual + gate * (total * x_scale + bias)`, computed in float32, then cast.
 
     Args:
-        total: int32[bm, bn], the tile at (row, col).
+        total: float32[bm, bn], the tile at (row, col), weight scales in it.
         size: (m, n) of the whole product; the refs are covered arrays.
-        x_scale_ref: float32[m, 1].
-        w_scale_ref: float32[1, n].
-        bias_ref: float32[1, n] or None.
+        row: first row of the tile.
+        col: first column of the tile.
+        refs: has x_scale [m, 1], bias [1, n], gate [b, n], residual [m, n]; any may be None.
+        rows_per_gate: rows of x that one row of the gate serves; whole tiles, or all rows.
         out_ref: float32 or bfloat16[m, n].
     """
     (m, n), (bm, bn) = size, total.shape
-    y = total.astype(jnp.float32) * load(x_scale_ref, (m, 1), row, 0, (bm, 1))
-    y = y * load(w_scale_ref, (1, n), 0, col, (1, bn))
-    if bias_ref is not None:
-        y = y + load(bias_ref, (1, n), 0, col, (1, bn))
+    y = total
+    if refs.x_scale is not None:
+        y = y * load(refs.x_scale, (m, 1), row, 0, (bm, 1))
+    if refs.bias is not None:
+        y = y + load(refs.bias, (1, n), 0, col, (1, bn))
+    if refs.gate is not None:
+        gate = load(refs.gate, (m // rows_per_gate, n), row // rows_per_gate, col, (1, bn))
+        y = y * gate.astype(jnp.float32)
+    if refs.residual is not None:
+        y = y + load(refs.residual, size, row, col, (bm, bn)).astype(jnp.float32)
     store(out_ref, size, row, col, y.astype(out_ref.dtype))
-
-
-def check_scaled_matmul(x, rows: int, x_scale, w_scale, bias, out_dtype) -> None:
-    """Checks all operands of a scaled product but the weights, which have `rows` rows.
-
-    Raises:
-        ValueError: a wrong dtype, rank or size, with what was expected and what was found.
-    """
-    check("x", x, (None, None), jnp.int8)
-    check("x_scale", x_scale, (x.shape[0], 1), jnp.float32)
-    check("w_scale", w_scale, (rows,), jnp.float32)
-    if bias is not None:
-        check("bias", bias, (rows,))
-        if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise ValueError(f"bias must be floating, got {bias.dtype}")
-    if np.dtype(out_dtype) not in [np.dtype(dtype) for dtype in OUT_DTYPES]:
-        raise ValueError(f"out_dtype must be float32 or bfloat16, got {np.dtype(out_dtype)}")
 
 
 def check(name: str, array: jax.Array, shape: tuple[int | None, ...], dtype=None) -> None:

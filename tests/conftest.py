@@ -1,5 +1,6 @@
 """What every test runs under: the CPU, a compilation cache shared by all runs, one torch thread."""
 
+import contextlib
 import os
 
 # Before anything imports jax.
@@ -9,6 +10,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import pytest
 from hypothesis import settings
+from jax import sharding
 
 CACHE_BYTES = 1 << 30  # a bound makes jax lock the cache, which the test processes share
 
@@ -36,3 +38,25 @@ def pytest_collection_modifyitems(items):
     if marked and jax.default_backend() != "gpu":
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device (set JAX_PLATFORMS=cuda)"))
+
+
+@pytest.fixture
+def lower_for_cuda():
+    """lower(f, *specs, **named): f for a CUDA device as StableHLO, Triton calls in it."""
+
+    def lower(f, *specs, **named):
+        with _described_gpu():
+            traced = jax.jit(f).trace(*specs, **named)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert "stablehlo.custom_call @__gpu$xla.gpu.triton" in text
+        return text
+
+    return lower
+
+
+def _described_gpu():
+    """From jax 0.11 on, lowering for Triton asks which GPU it is for."""
+    if tuple(map(int, jax.__version_info__[:2])) < (0, 11):
+        return contextlib.nullcontext()
+    device = sharding.AbstractDevice("NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu")
+    return sharding.use_abstract_mesh(sharding.AbstractMesh((), (), abstract_device=device))

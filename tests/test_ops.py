@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lowbit_jax.ops import linear, logical_shape
-from lowbit_jax.quant.qtensor import FORMATS, QTensor, pack_codes
+from lowbit_jax.quant.qtensor import QTensor
+from pallas_kernels.formats import FORMATS, pack_codes
 
 N, K = 24, 300  # k ends in the middle of a block of 128, and of a group of 64
 LINEAR = jax.jit(linear)

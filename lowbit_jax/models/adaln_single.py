@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
 
-from lowbit_jax.models.layers import MLP, Linear, MLPEmbedder, modulate, timestep_embedding
+from lowbit_jax.models.layers import MLP, AdaLN, Linear, MLPEmbedder, timestep_embedding
 
 SINUSOIDS = 256  # width of the sinusoidal embeddings of numbers
 
@@ -71,10 +71,10 @@ class FinalLayer(nn.Module):
     def __call__(
         self, x: Float[Array, "b ... t k"], time: Float[Array, "b ... k"]
     ) -> Float[Array, "b ... t n"]:
-        """Patches of every token; `time` is per sample or per frame, see `layers.over_tokens`."""
+        """Patches of every token; `time` is per sample or per frame, see `ops.over_tokens`."""
         table = scale_shift_table(self, 2, x.shape[-1])
         linear = Linear(self.features, dtype=self.dtype, name="linear")
-        return linear(modulate(x, time + table[0], time + table[1]))
+        return linear(x, before=AdaLN(time + table[0], time + table[1]))
 
 
 def check_caption(caption: tuple[int, ...], mask: tuple[int, ...], batch: int, channels: int):

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from lowbit_jax.models.layers import BlockStack, Linear, attention
+from lowbit_jax.models.attention import attention
+from lowbit_jax.models.layers import BlockStack, Linear
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,16 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from lowbit_jax.models.layers import (
-    MLP,
-    BlockStack,
-    Linear,
-    MLPEmbedder,
-    SelfAttention,
-    modulate,
-    over_tokens,
-    timestep_embedding,
-)
+from lowbit_jax.models.attention import SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear, MLPEmbedder, timestep_embedding
 from lowbit_jax.models.patches import PatchEmbedder, picture, position_table
 
 TIME_DIM = 256  # width of the sinusoidal embedding of time
@@ -141,10 +133,10 @@ class Block(nn.Module):
         mod = Linear(6 * config.hidden_size, dtype=dtype, name="adaLN_modulation")(condition)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(mod, 6, axis=-1)
         attend = SelfAttention(config.num_heads, dtype, name="attn")
-        x = x + over_tokens(gate1, x) * attend(modulate(x, shift1, scale1))
+        x = attend(x, before=AdaLN(shift1, scale1), gate=gate1, residual=x)
         mlp = MLP(config.mlp_size, config.hidden_size, dtype, name="mlp")
-        out = mlp(modulate(x, shift2, scale2, config.mlp_norm_eps))
-        return (x + over_tokens(gate2, x) * out,)
+        before = AdaLN(shift2, scale2, config.mlp_norm_eps)
+        return (mlp(x, before=before, gate=gate2, residual=x),)
 
 
 class FinalLayer(nn.Module):
@@ -160,7 +152,7 @@ class FinalLayer(nn.Module):
         mod = Linear(2 * config.hidden_size, dtype=self.dtype, name="adaLN_modulation")(condition)
         shift, scale = jnp.split(mod, 2, axis=-1)
         features = config.patch_size**2 * config.out_channels
-        return Linear(features, dtype=self.dtype, name="linear")(modulate(x, shift, scale))
+        return Linear(features, dtype=self.dtype, name="linear")(x, before=AdaLN(shift, scale))
 
 
 class DiTTransformer(nn.Module):

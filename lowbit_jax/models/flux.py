@@ -17,17 +17,15 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Num
 
+from lowbit_jax.models.attention import apply_rotary, attention, rotary_angles, split_heads
 from lowbit_jax.models.layers import (
+    AdaLN,
     BlockStack,
+    Gelu,
     Linear,
     MLPEmbedder,
     RMSNorm,
-    apply_rotary,
-    attention,
     gelu_tanh,
-    modulate,
-    rotary_angles,
-    split_heads,
     timestep_embedding,
 )
 
@@ -127,25 +125,28 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(self.dtype)
         self.proj = Linear(width, dtype=self.dtype)
 
-    def heads(self, x: Float[Array, "b t k"]):
+    def heads(self, x: Float[Array, "b t k"], before: AdaLN):
         """q, k, v of one stream, each (b, t, h, d); q and k normalised."""
-        q, k, v = split_heads(self.qkv(x), self.config.num_heads)
+        q, k, v = split_heads(self.qkv(x, before=before), self.config.num_heads)
         q, k = self.norm(q, k)
         return q, k, v
 
 
 class MLP(nn.Module):
-    """Linear, tanh GELU, Linear."""
+    """Linear, tanh GELU, Linear, on a residual stream."""
 
     config: FluxConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Apply to every token."""
-        hidden = Linear(self.config.mlp_size, dtype=self.dtype, name="in_layer")(x)
-        hidden = gelu_tanh(hidden)
-        return Linear(self.config.hidden_size, dtype=self.dtype, name="out_layer")(hidden)
+    def __call__(
+        self, x: Float[Array, "b t k"], before: AdaLN, gate: Float[Array, "b k"]
+    ) -> Float[Array, "b t k"]:
+        """x plus the gated result."""
+        wide, narrow = self.config.mlp_size, self.config.hidden_size
+        hidden = Linear(wide, dtype=self.dtype, name="in_layer")(x, before=before)
+        out = Linear(narrow, dtype=self.dtype, name="out_layer")
+        return out(hidden, before=Gelu(), gate=gate, residual=x)
 
 
 class DoubleBlock(nn.Module):
@@ -164,16 +165,16 @@ class DoubleBlock(nn.Module):
         """Update (img, txt); text tokens come first in the joint sequence."""
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
-        img_heads = self.img_attn.heads(modulate(img, img_shift1, img_scale1))
-        txt_heads = self.txt_attn.heads(modulate(txt, txt_shift1, txt_scale1))
+        img_heads = self.img_attn.heads(img, AdaLN(img_shift1, img_scale1))
+        txt_heads = self.txt_attn.heads(txt, AdaLN(txt_shift1, txt_scale1))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_heads, img_heads, strict=True))
         joint = rotary_attention(q, k, v, angles)
         txt_out, img_out = joint[:, : txt.shape[1]], joint[:, txt.shape[1] :]
 
-        img = img + img_gate1[:, None] * self.img_attn.proj(img_out)
-        img = img + img_gate2[:, None] * self.img_mlp(modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1[:, None] * self.txt_attn.proj(txt_out)
-        txt = txt + txt_gate2[:, None] * self.txt_mlp(modulate(txt, txt_shift2, txt_scale2))
+        img = self.img_attn.proj(img_out, gate=img_gate1, residual=img)
+        img = self.img_mlp(img, AdaLN(img_shift2, img_scale2), img_gate2)
+        txt = self.txt_attn.proj(txt_out, gate=txt_gate1, residual=txt)
+        txt = self.txt_mlp(txt, AdaLN(txt_shift2, txt_scale2), txt_gate2)
         return img, txt
 
 
@@ -189,13 +190,14 @@ class SingleBlock(nn.Module):
         width, mlp = self.config.hidden_size, self.config.mlp_size
         shift, scale, gate = Modulation(3, self.dtype, name="modulation")(vec)
         hidden = Linear(3 * width + mlp, dtype=self.dtype, name="linear1")(
-            modulate(x, shift, scale)
+            x, before=AdaLN(shift, scale)
         )
         qkv, hidden = jnp.split(hidden, [3 * width], axis=-1)
         q, k, v = split_heads(qkv, self.config.num_heads)
         q, k = QKNorm(self.dtype, name="norm")(q, k)
         merged = jnp.concatenate([rotary_attention(q, k, v, angles), gelu_tanh(hidden)], axis=-1)
-        return (x + gate[:, None] * Linear(width, dtype=self.dtype, name="linear2")(merged),)
+        out = Linear(width, dtype=self.dtype, name="linear2")
+        return (out(merged, gate=gate, residual=x),)
 
 
 class FinalLayer(nn.Module):
@@ -211,7 +213,7 @@ class FinalLayer(nn.Module):
         mod = Linear(2 * width, dtype=self.dtype, name="adaLN_modulation")(nn.silu(vec))
         shift, scale = jnp.split(mod, 2, axis=-1)
         return Linear(self.config.in_channels, dtype=self.dtype, name="linear")(
-            modulate(img, shift, scale)
+            img, before=AdaLN(shift, scale)
         )
 
 

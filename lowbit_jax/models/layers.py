@@ -5,7 +5,8 @@ Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -13,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Float
 
 from lowbit_jax import ops
+from lowbit_jax.ops import over_tokens
+from pallas_kernels import api
+from pallas_kernels.rows import QuantizedRows
 
 Dtype = Any
-
-# One chunk of attention scores (float32) stays below this, whatever the number of tokens.
-MAX_SCORE_BYTES = 64 * 2**20
 
 
 class Linear(nn.Module):
@@ -40,12 +41,26 @@ class Linear(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        """Apply the layer; raises ValueError with both shapes if the stored kernel does not fit."""
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """`residual + gate * (before(x) @ kernel + bias)`; what is None is left out.
+
+        Said here, and not around the layer, so that a quantised product can do it in one kernel.
+
+        Raises:
+            ValueError: the stored kernel does not fit, with both shapes.
+        """
         k, n = x.shape[-1], self.features
         kernel = self._leaf("kernel", nn.initializers.lecun_normal(), (k, n))
         bias = self._leaf("bias", nn.initializers.zeros, (n,)) if self.use_bias else None
-        return ops.linear(x.astype(self.dtype), kernel, bias)
+        x = x.astype(self.dtype)
+        return ops.linear(x, kernel, bias, before=before, gate=gate, residual=residual)
 
     def _leaf(self, name: str, init: Callable, shape: tuple[int, ...]):
         """A parameter that may hold a QTensor (`self.param` alone rejects packed leaves)."""
@@ -95,15 +110,6 @@ def layer_norm(x: Float[Array, "... k"], eps: float = 1e-6) -> Float[Array, "...
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
-    """`vectors` with axes of size 1 before the last, so that they broadcast over the tokens of `x`.
-
-    One vector per sample, (b, k), or, of a video (b, f, t, k), per frame, (b, f, k).
-    """
-    ones = (1,) * (x.ndim - vectors.ndim)
-    return vectors.reshape(*vectors.shape[:-1], *ones, vectors.shape[-1])
-
-
 def modulate(
     x: Float[Array, "b ... t k"],
     shift: Float[Array, "b ... k"],
@@ -112,9 +118,50 @@ def modulate(
 ) -> Float[Array, "b ... t k"]:
     """AdaLN: `(1 + scale) * layer_norm(x, eps) + shift` (Peebles & Xie 2023, section 3.2).
 
-    `shift` and `scale` are vectors per sample or per frame, see `over_tokens`.
+    `shift` and `scale` are vectors per sample or per frame, see `ops.over_tokens`.
     """
     return layer_norm(x, eps) * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdaLN:
+    """`modulate` before a product: `Linear(...)(x, before=AdaLN(shift, scale))`.
+
+    Attributes:
+        shift: added, one vector per sample or per frame.
+        scale: multiplied, as 1 + scale.
+        eps: of the norm.
+    """
+
+    shift: Float[Array, "b ... k"]
+    scale: Float[Array, "b ... k"]
+    eps: float = field(default=1e-6, metadata={"static": True})
+
+    def __call__(self, x: Float[Array, "b ... t k"]) -> Float[Array, "b ... t k"]:
+        """In floating point."""
+        return modulate(x, self.shift, self.scale, self.eps)
+
+    def quantize_rows(self, x: Float[Array, "b ... t k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        shift, scale = (vectors.reshape(-1, x.shape[-1]) for vectors in (self.shift, self.scale))
+        tokens = x.reshape(len(shift), -1, x.shape[-1])
+        rows = api.modulate_quantize_rows(tokens, shift, scale, bits, eps=self.eps)
+        return QuantizedRows(*(part.reshape(*x.shape[:-1], -1) for part in rows))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gelu:
+    """`gelu_tanh` before a product: `Linear(...)(hidden, before=Gelu())`."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """In floating point."""
+        return gelu_tanh(x)
+
+    def quantize_rows(self, x: Float[Array, "... k"], bits: int) -> QuantizedRows:
+        """In one pass with the quantisation; float32 up to the codes."""
+        return api.gelu_quantize_rows(x, bits)
 
 
 def timestep_embedding(
@@ -131,141 +178,6 @@ def timestep_embedding(
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotary_angles(
-    ids: Num[Array, "t axes"], axes_dim: Sequence[int], theta: float = 10000.0
-) -> Float[Array, "t d2"]:
-    """Rotation angles of every token: `ids[:, a] * theta^(-2i / axes_dim[a])`, axes concatenated.
-
-    Args:
-        ids: position of each token on each axis.
-        axes_dim: head-dim share of each axis; even, summing to the head dim d; d2 = d / 2.
-        theta: base of the frequencies.
-    """
-    ids = jnp.asarray(ids, jnp.float32)
-    if ids.shape[-1] != len(axes_dim):
-        raise ValueError(
-            f"ids have {ids.shape[-1]} axes, axes_dim {tuple(axes_dim)} names another number"
-        )
-    parts = []
-    for axis, dim in enumerate(axes_dim):
-        omega = (theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)).astype(np.float32)
-        parts.append(ids[:, axis, None] * omega)
-    return jnp.concatenate(parts, axis=-1)
-
-
-def apply_rotary(
-    x: Float[Array, "b t h d"], angles: Float[Array, "t d2"]
-) -> Float[Array, "b t h d"]:
-    """Rotate the interleaved pairs (x[2i], x[2i+1]) by `angles`, in float32."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([cos * even - sin * odd, sin * even + cos * odd], axis=-1)
-    return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def attention(
-    q: Float[Array, "b t h d"],
-    k: Float[Array, "b s h d"],
-    v: Float[Array, "b s h d"],
-    mask: Bool[Array, "b s"] | None = None,
-) -> Float[Array, "b t h d"]:
-    """Softmax attention, scale 1/sqrt(d); softmax and accumulation in float32.
-
-    On CUDA in bfloat16 without a mask this is cuDNN's fused attention. Elsewhere queries are taken
-    in chunks, so the scores never take more than `MAX_SCORE_BYTES` (or one query's row, if that is
-    larger).
-
-    Args:
-        q, k, v: queries, keys, values.
-        mask: keys that may be attended to; the others have weight zero exactly, unless none may.
-    """
-    fused_can = (
-        mask is None
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] <= 128
-        and q.shape[-1] % 8 == 0
-    )
-    # cuDNN is looked up while tracing, so `lax.platform_dependent` cannot choose it
-    if fused_can and jax.default_backend() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    return _chunked_attention(q, k, v, mask)
-
-
-def _chunked_attention(q, k, v, mask=None):
-    b, t, h, d = q.shape
-    row_bytes = 4 * b * h * k.shape[1]
-    chunk = max(1, min(t, MAX_SCORE_BYTES // row_bytes))
-    if chunk == t:
-        return _full_attention(q, k, v, mask)
-    chunks = -(-t // chunk)
-    chunk = -(-t // chunks)  # even chunks waste the fewest padded rows
-    padded = jnp.pad(q, ((0, 0), (0, chunks * chunk - t), (0, 0), (0, 0)))
-    stacked = padded.reshape(b, chunks, chunk, h, d).swapaxes(0, 1)
-    out = jax.lax.map(lambda part: _full_attention(part, k, v, mask), stacked)
-    return out.swapaxes(0, 1).reshape(b, chunks * chunk, h, d)[:, :t]
-
-
-def _full_attention(q, k, v, mask):
-    mask = None if mask is None else mask[:, None, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
-
-
-def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
-    """Split fused `[q, k, v]`, each laid out (head, dim), into three (b, t, h, d)."""
-    b, t, _ = qkv.shape
-    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, -1), 2, 0)
-    return q, k, v
-
-
-class SelfAttention(nn.Module):
-    """Fused qkv, attention of every token to all, output projection.
-
-    Attributes:
-        heads: attention heads.
-        dtype: of activations and products.
-        qk_norm: whether queries and keys are RMS-normalised, per head.
-    """
-
-    heads: int
-    dtype: Dtype
-    qk_norm: bool = False
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "*b t k"], angles: Float[Array, "t d2"] | None = None
-    ) -> Float[Array, "*b t k"]:
-        """Attend over the tokens t, at rotary `angles`; all axes before them are batch."""
-        width = x.shape[-1]
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
-        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
-        if self.qk_norm:
-            q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
-        if angles is not None:
-            q, k = apply_rotary(q, angles), apply_rotary(k, angles)
-        out = attention(q, k, v).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
-
-
-class CrossAttention(nn.Module):
-    """Queries from the tokens, fused keys and values from a context, output projection."""
-
-    heads: int
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b t k"], context: Float[Array, "b s c"], mask: Bool[Array, "b s"]
-    ) -> Float[Array, "b t k"]:
-        """Attend to the context's tokens that `mask` allows."""
-        b, t, width = x.shape
-        q = Linear(width, dtype=self.dtype, name="q_linear")(x).reshape(b, t, self.heads, -1)
-        kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")(context)
-        k, v = jnp.moveaxis(kv.reshape(b, -1, 2, *q.shape[2:]), 2, 0)
-        out = attention(q, k, v, mask).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
-
-
 class MLP(nn.Module):
     """Linear to `hidden`, tanh GELU, Linear to `features`."""
 
@@ -274,10 +186,21 @@ class MLP(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... k"]) -> Float[Array, "... n"]:
-        """Apply to every token."""
-        hidden = gelu_tanh(Linear(self.hidden, dtype=self.dtype, name="fc1")(x))
-        return Linear(self.features, dtype=self.dtype, name="fc2")(hidden)
+    def __call__(
+        self,
+        x: Float[Array, "... k"],
+        *,
+        before: ops.Before | None = None,
+        gate: Float[Array, "b ... n"] | None = None,
+        residual: Float[Array, "... n"] | None = None,
+    ) -> Float[Array, "... n"]:
+        """Apply to every token.
+
+        `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
+        """
+        hidden = Linear(self.hidden, dtype=self.dtype, name="fc1")(x, before=before)
+        out = Linear(self.features, dtype=self.dtype, name="fc2")
+        return out(hidden, before=Gelu(), gate=gate, residual=residual)
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -22,16 +22,10 @@ from lowbit_jax.models.adaln_single import (
     embed_number,
     scale_shift_table,
 )
-from lowbit_jax.models.layers import (
-    MLP,
-    BlockStack,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    attention,
-    modulate,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention, attention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear
 from lowbit_jax.models.patches import Grid, PatchEmbedder, picture, position_table
+from lowbit_jax.ops import Before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +35,8 @@ class PixArtConfig:
     Attributes:
         sample_size: rows and columns of the latent picture that positions are scaled to; pictures
             of other sizes, square or not, span the same positions.
-        interpolation: positions are divided by this: pixels of a side / 512 in the published ones.
+        interpolation: positions are divided by this: pixels of a side / 512 in the published ones
+            (but 1 in alpha's of 256 pixels).
         patch_size: rows and columns of a patch, one token each.
         in_channels: c, latent channels.
         hidden_size: k, a multiple of 4 (position table) and of `num_heads`.
@@ -170,8 +165,15 @@ class CompressedAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
-        """Attend from all tokens to the cells.
+    def __call__(
+        self,
+        x: Float[Array, "b t k"],
+        *,
+        before: Before | None = None,
+        gate: Float[Array, "b k"] | None = None,
+        residual: Float[Array, "b t k"] | None = None,
+    ) -> Float[Array, "b t k"]:
+        """Attend from all tokens to the cells; arguments as `attention.SelfAttention` has them.
 
         Raises:
             ValueError: a picture of less than one cell.
@@ -179,14 +181,14 @@ class CompressedAttention(nn.Module):
         if min(self.grid) < self.cell:
             raise ValueError(f"a picture of {self.grid} patches has no cell of {self.cell}")
         b, t, width = x.shape
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x)
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
         q, *rest = jnp.split(qkv, 3, axis=-1)
         kv = jnp.stack(rest).reshape(2, b, *self.grid, width)
         cells = CellMean(self.cell, self.dtype, name="sr")(kv)
         norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")
         k, v = norm(cells).reshape(2, b, -1, self.heads, width // self.heads)
         out = attention(q.reshape(b, t, self.heads, -1), k, v).reshape(x.shape)
-        return Linear(width, dtype=self.dtype, name="proj")(out)
+        return Linear(width, dtype=self.dtype, name="proj")(out, gate=gate, residual=residual)
 
 
 class Block(nn.Module):
@@ -221,10 +223,11 @@ class Block(nn.Module):
             if self.cell == 1
             else CompressedAttention(heads, self.cell, self.grid, dtype, name="attn")
         )
-        x = x + gate1[:, None] * attend(modulate(x, shift1, scale1))
-        x = x + CrossAttention(heads, dtype, name="cross_attn")(x, caption, mask)  # no norm
+        x = attend(x, before=AdaLN(shift1, scale1), gate=gate1, residual=x)
+        cross = CrossAttention(heads, dtype, name="cross_attn")
+        x = cross(x, caption, mask, residual=x)  # no norm
         mlp = MLP(4 * config.hidden_size, config.hidden_size, dtype, name="mlp")
-        return (x + gate2[:, None] * mlp(modulate(x, shift2, scale2)),)
+        return (mlp(x, before=AdaLN(shift2, scale2), gate=gate2, residual=x),)
 
 
 class PixArtTransformer(nn.Module):

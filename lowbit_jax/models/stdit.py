@@ -23,15 +23,8 @@ from lowbit_jax.models.adaln_single import (
     embed_number,
     scale_shift_table,
 )
-from lowbit_jax.models.layers import (
-    MLP,
-    BlockStack,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    modulate,
-    over_tokens,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, BlockStack, Linear
 from lowbit_jax.models.patches import position_table
 from lowbit_jax.models.video import (
     Size,
@@ -131,15 +124,17 @@ class Block(nn.Module):
         width, heads, dtype = x.shape[-1], self.config.num_heads, self.dtype
         mod = mod + scale_shift_table(self, 6, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, 1, 0)
-        gate1, gate2 = over_tokens(gate1, x), over_tokens(gate2, x)
-        x = x + gate1 * SelfAttention(heads, dtype, name="attn")(modulate(x, shift1, scale1))
-        by_patch = jnp.swapaxes(x, 1, 2) + positions
-        out = SelfAttention(heads, dtype, name="attn_temp")(by_patch)
-        x = x + gate1 * jnp.swapaxes(out, 1, 2)
+        attend = SelfAttention(heads, dtype, name="attn")
+        x = attend(x, before=AdaLN(shift1, scale1), gate=gate1, residual=x)
+        by_patch = jnp.swapaxes(x, 1, 2)
+        attend = SelfAttention(heads, dtype, name="attn_temp")
+        by_patch = attend(by_patch + positions, gate=gate1, residual=by_patch)
+        tokens = jnp.swapaxes(by_patch, 1, 2).reshape(len(x), -1, width)
         cross = CrossAttention(heads, dtype, name="cross_attn")
-        x = x + cross(x.reshape(len(x), -1, width), caption, mask).reshape(x.shape)
+        x = cross(tokens, caption, mask, residual=tokens).reshape(x.shape)  # no norm
         mlp = MLP(4 * width, width, dtype, name="mlp")
-        return x + gate2 * mlp(modulate(x, shift2, scale2)), jnp.zeros_like(positions)
+        x = mlp(x, before=AdaLN(shift2, scale2), gate=gate2, residual=x)
+        return x, jnp.zeros_like(positions)
 
 
 class STDiTTransformer(nn.Module):

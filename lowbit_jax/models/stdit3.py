@@ -24,7 +24,8 @@ from lowbit_jax.models.adaln_single import (
     check_caption,
     embed_number,
 )
-from lowbit_jax.models.layers import BlockStack, Linear, rotary_angles
+from lowbit_jax.models.attention import rotary_angles
+from lowbit_jax.models.layers import BlockStack, Linear
 from lowbit_jax.models.patches import Grid
 from lowbit_jax.models.video import (
     Size,

@@ -14,14 +14,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from lowbit_jax.models.adaln_single import scale_shift_table
-from lowbit_jax.models.layers import (
-    MLP,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    modulate,
-    over_tokens,
-)
+from lowbit_jax.models.attention import CrossAttention, SelfAttention
+from lowbit_jax.models.layers import MLP, AdaLN, Linear
+from lowbit_jax.ops import over_tokens
 
 Size = tuple[int, int, int]  # frames, rows, columns
 
@@ -103,7 +98,7 @@ class VideoBlock(nn.Module):
         heads: attention heads.
         dtype: of activations and products.
         temporal: attend over the frames of each patch; otherwise over the patches of each frame.
-        qk_norm: see `layers.SelfAttention`.
+        qk_norm: see `attention.SelfAttention`.
     """
 
     heads: int
@@ -126,20 +121,21 @@ class VideoBlock(nn.Module):
             mod: what all blocks share, per sample (b, 6, k) or per frame (b, f, 6, k).
             context: embedded caption, and which of its tokens may be attended to; None leaves the
                 cross-attention out, and its parameters.
-            angles: rotary positions of what is attended over; see `layers.apply_rotary`.
+            angles: rotary positions of what is attended over; see `attention.apply_rotary`.
         """
         width = x.shape[-1]
         mod = mod + scale_shift_table(self, 6, width)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.moveaxis(mod, -2, 0)
         attend = SelfAttention(self.heads, self.dtype, self.qk_norm, name="attn")
-        out = modulate(x, shift1, scale1)
-        if self.temporal:
-            out = jnp.swapaxes(attend(jnp.swapaxes(out, 1, 2), angles), 1, 2)
+        before = AdaLN(shift1, scale1)
+        if self.temporal:  # frames are the rows now: a vector per frame is none per sample
+            out = attend(jnp.swapaxes(before(x), 1, 2), angles)
+            x = x + over_tokens(gate1, x) * jnp.swapaxes(out, 1, 2)
         else:
-            out = attend(out, angles)
-        x = x + over_tokens(gate1, x) * out
+            x = attend(x, angles, before=before, gate=gate1, residual=x)
         if context is not None:
             cross = CrossAttention(self.heads, self.dtype, name="cross_attn")
-            x = x + cross(x.reshape(len(x), -1, width), *context).reshape(x.shape)  # no norm
+            tokens = x.reshape(len(x), -1, width)
+            x = cross(tokens, *context, residual=tokens).reshape(x.shape)  # no norm
         mlp = MLP(4 * width, width, self.dtype, name="mlp")
-        return x + over_tokens(gate2, x) * mlp(modulate(x, shift2, scale2))
+        return mlp(x, before=AdaLN(shift2, scale2), gate=gate2, residual=x)

@@ -9,34 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int8, UInt8
 
-from pallas_kernels import packing
+from pallas_kernels.formats import unpack_codes
 
 LAYOUT_VERSION = 1  # of the byte layouts in pallas_kernels/packing.py
-
-
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """How one code is stored.
-
-    Attributes:
-        bits: bits a code takes in memory (int6 takes 6, not 8; a tail block of k is padded to 128).
-        offset: a stored (unsigned) code is the signed code plus this; 0 means stored signed.
-        low: smallest signed code.
-        high: largest signed code.
-    """
-
-    bits: int
-    offset: int
-    low: int
-    high: int
-
-
-FORMATS = {
-    "int8": Format(bits=8, offset=0, low=-128, high=127),
-    "int6": Format(bits=6, offset=32, low=-32, high=31),
-    "int4": Format(bits=4, offset=8, low=-8, high=7),
-    "ternary": Format(bits=2, offset=1, low=-1, high=1),
-}
 
 
 def _static(default=None):
@@ -55,7 +30,7 @@ class QTensor:
         codes: int8[..., n, k] (int8) or packed uint8[..., n, bytes], see `pallas_kernels.packing`.
         scale: float32[..., n, g], or [..., 1, 1] for one scale per tensor.
         zero: integer zero point, int8, shaped like `scale`; None for symmetric codes.
-        format: key of `FORMATS`.
+        format: key of `pallas_kernels.formats.FORMATS`.
         shape: logical (n, k) of ONE layer.
         group: inputs that share a scale; k itself for per-channel and per-tensor scales.
         act_bits: bits of the activations this matrix is multiplied with, quantised per token when
@@ -93,22 +68,6 @@ class QTensor:
         if self.zero is not None:
             codes = codes - spread(self.zero.astype(jnp.float32), self.group, k)
         return (codes * spread(self.scale, self.group, k)).astype(dtype)
-
-
-def pack_codes(codes: Int8[Array, "... n k"], format: str) -> Array:
-    """Signed codes to the storage of `format`; the padding of a tail block stands for zero."""
-    spec = FORMATS[format]
-    if not spec.offset:
-        return codes
-    return packing.pack((codes + spec.offset).astype(jnp.uint8), spec.bits, pad=spec.offset)
-
-
-def unpack_codes(stored: Array, format: str, k: int) -> Int8[Array, "... n k"]:
-    """Inverse of `pack_codes`."""
-    spec = FORMATS[format]
-    if not spec.offset:
-        return stored
-    return packing.unpack(stored, spec.bits, k).astype(jnp.int8) - jnp.int8(spec.offset)
 
 
 def spread(values: Array, group: int, k: int) -> Array:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit_jax.quant.qtensor import FORMATS
+from pallas_kernels.formats import FORMATS
 
 INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
 TERNARY_QUANTIZERS = ("absmean", "twn", "least_squares")
@@ -25,7 +25,7 @@ class WeightSpec:
     """How a weight matrix is quantised.
 
     Attributes:
-        format: key of `lowbit_jax.quant.qtensor.FORMATS`.
+        format: key of `pallas_kernels.formats.FORMATS`.
         quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax
             (asymmetric) or mse for integers; absmean, twn or least_squares for ternary.
         granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.

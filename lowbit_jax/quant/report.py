@@ -11,7 +11,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lowbit_jax.quant.qtensor import FORMATS, QTensor, tree_bytes
+from lowbit_jax.quant.qtensor import QTensor, tree_bytes
+from pallas_kernels.formats import FORMATS
 
 OTHERS = "norms and tables"
 

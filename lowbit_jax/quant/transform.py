@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax.quant import quantizers
-from lowbit_jax.quant.qtensor import FORMATS, QTensor, is_qtensor, pack_codes
+from lowbit_jax.quant.qtensor import QTensor, is_qtensor
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.stacks import (
     Tree,
@@ -23,6 +23,7 @@ from lowbit_jax.quant.stacks import (
     segments,
     slice_layers,
 )
+from pallas_kernels.formats import FORMATS, pack_codes
 
 
 class NonFiniteError(ValueError):

@@ -19,6 +19,8 @@ from convert.export import export_diffusers
 from convert.job import plan, run
 from convert.registry import recognise
 from convert.safetensors import write_safetensors
+from convert.table import check, check_constants
+from lowbit_jax import cli
 from lowbit_jax.checkpoint import load, read_manifest
 from lowbit_jax.models.dit import DIT_XL_2_256, SIZES, DiTConfig, DiTTransformer
 from lowbit_jax.models.dit import dit as published
@@ -266,6 +268,21 @@ def test_the_stored_table_is_compared_not_dropped(tmp_path, change, error):
             ported(path)
 
 
+def test_a_table_that_publishers_may_leave_out(tmp_path):
+    state = {k: v.numpy() for k, v in original_dit(TINY).state_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps(HEADS))
+    job, _ = ported(write_safetensors(tmp_path / "a.safetensors", state))
+    ((constant, value),) = job.constants.items()
+    del state["pos_embed"]
+    path = write_safetensors(tmp_path / "b.safetensors", state)
+    with open_checkpoint(path) as checkpoint:
+        optional = {dataclasses.replace(constant, optional=True): value}
+        check(checkpoint, job.leaves, "dit", optional)
+        check_constants(checkpoint, optional)
+        with pytest.raises(CheckpointError, match=r"missing tensor 'pos_embed' \(1, 16, 80\)"):
+            check(checkpoint, job.leaves, "dit", job.constants)
+
+
 def test_progress_counts_the_table_and_a_plan_reads_nothing(tmp_path, monkeypatch):
     save(tmp_path, original_dit(TINY).state_dict())
     with open_checkpoint(tmp_path) as checkpoint:
@@ -332,6 +349,8 @@ def test_the_programs_there_and_back(tmp_path, convert, capsys):
     origin = read_manifest(tmp_path / "out")["source"]
     assert origin["notes"] == ["model.pt: took 'ema'; left 'args'"]
     assert list(origin["files"]) == ["model.pt"] and origin["layout"] == "original"
+    assert cli.main(["inspect", str(tmp_path / "out")]) == 0
+    assert "model.pt: took 'ema'; left 'args'\n" in capsys.readouterr().out
     code, _, errors = convert(source, "--weights", "model", out="other")
     assert code == 2 and "weights 'model': it holds none of model, state_dict" in errors[0]
 

@@ -112,6 +112,7 @@ HOSTILE = {
         pack_zip(changed(local={"flags": 0x808 | 1})), "or differs there"),
     "encrypted": (pack_zip(both(flags=0x809)), "is encrypted, split or commented"),
     "another disk": (pack_zip(changed(central={"disk": 1})), "is encrypted, split or commented"),
+    "a folder": (pack_zip(changed(central={"attributes": 0x10})), "is marked as a folder"),
     "a commented member": (
         pack_zip(changed(central={"comment": b"hi"})), "is encrypted, split or commented"),
     "no member there": (pack_zip(changed(local={"magic": b"PK\3\5"})), "has no header at byte"),

@@ -5,16 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lowbit_jax.quant.qtensor import (
-    FORMATS,
-    LAYOUT_VERSION,
-    QTensor,
-    is_qtensor,
-    pack_codes,
-    spread,
-    tree_bytes,
-    unpack_codes,
-)
+from lowbit_jax.quant.qtensor import LAYOUT_VERSION, QTensor, is_qtensor, spread, tree_bytes
+from pallas_kernels.formats import FORMATS, pack_codes, unpack_codes
 
 
 def random_codes(format, *shape, seed=0):

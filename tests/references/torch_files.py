@@ -111,12 +111,12 @@ def pack_zip(parts: list[Member], *, front=b"", gap=b"", back=b"", end=None, zip
         out += tail if member.tail is None else member.tail
         central = {"magic": b"PK\1\2", "flags": flags, "method": 0, "crc": crc, "packed": size,
                    "size": size, "name": raw_name, "extra": b"", "comment": b"", "disk": 0,
-                   "header": at} | member.central  # fmt: skip
+                   "attributes": 0, "header": at} | member.central  # fmt: skip
         directory += struct.pack(
             "<4s6H3L5H2L", central["magic"], 0, 0, central["flags"], central["method"], 0, 0,
             central["crc"], central["packed"], central["size"], len(central["name"]),
-            len(central["extra"]), len(central["comment"]), central["disk"], 0, 0,
-            central["header"],
+            len(central["extra"]), len(central["comment"]), central["disk"], 0,
+            central["attributes"], central["header"],
         ) + central["name"] + central["extra"] + central["comment"]  # fmt: skip
     begin = len(out) + len(gap)
     out += gap + directory

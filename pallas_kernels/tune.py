@@ -85,10 +85,9 @@ def candidates(op: Matmul, few_rows: bool) -> Iterator[Tile]:
 
 
 def shapes(most: int, below: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of the layers with below < m <= most; the range's end where no layer has such m."""
-    linears = sorted({(k, n) for _, k, n, _ in LAYERS})
-    rows = {m for *_, ms in LAYERS for m in ms if below < m <= most} or {most}
-    return [(m, k, n) for m in sorted(rows) for k, n in linears]
+    """(m, k, n) of the layers with below < m <= most; without any, all of them at m = most."""
+    found = [(m, k, n) for _, k, n, ms in LAYERS for m in ms if below < m <= most]
+    return found or [(most, k, n) for _, k, n, _ in LAYERS]
 
 
 def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candidate:

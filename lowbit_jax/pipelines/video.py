@@ -76,9 +76,10 @@ def sample_latents(
     """
     takes_shot = isinstance(model, STDiT3Transformer)
     if (shot is not None) != takes_shot or (made is not None and not takes_shot):
+        given = [name for name, of in (("shot", shot), ("made", made)) if of is not None]
         raise ValueError(
-            f"shot is {shot}, made is {made}: STDiT3 needs a shot and may have given frames, others "
-            f"take neither; this is {type(model).__name__}"
+            f"{type(model).__name__} was given {' and '.join(given) or 'no shot'}: STDiT3 needs "
+            "`shot` and may have `made`, the others take neither"
         )
     if scale is not None:
         caption = captions.double(guidance, caption, negative, params)
@@ -86,7 +87,6 @@ def sample_latents(
     conditions: dict[str, Any] = {
         name: jnp.full(len(caption[0]), value) for name, value in numbers.items()
     }
-
     if made is not None:
         conditions["frame_mask"] = made if scale is None else guidance.double(made, made)
 

@@ -31,8 +31,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.workloads import WORKLOADS, Workload
 from lowbit_jax.models import attention as attention_module
-from lowbit_jax.models import dit, flux
 from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.stacks import is_stack, kernels, segments
@@ -43,51 +43,6 @@ from pallas_kernels.audit.targets import TARGETS
 FLOAT, TERNARY = "float", "flux-1.58bit"
 QUANTIZED = ("w8a8", "w4a8", TERNARY, "flux-1.58bit-a8")
 CUDNN, CHUNKED = "cuDNN", "chunked"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """One forward pass.
-
-    Attributes:
-        network: key of the registry.
-        config: the network's config.
-        inputs: shapes and dtypes of what `apply` takes behind the parameters.
-        title: what the table is called.
-    """
-
-    network: str
-    config: Any
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
-    title: str
-
-
-def flux_workload(config: flux.FluxConfig, pixels: int, text: int = 512) -> Workload:
-    """FLUX at `pixels` x `pixels`, one picture: its guidance is an input, so the batch is 1."""
-    image = (pixels // 16) ** 2
-    bf16 = partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    inputs = [bf16((1, image, config.in_channels)), bf16((1, text, config.context_in_dim))]
-    inputs += [f32((1,)), bf16((1, config.vec_in_dim)), f32((image, 3)), f32((text, 3))]
-    if config.guidance_embed:
-        inputs.append(f32((1,)))
-    title = f"FLUX.1-dev, {pixels} x {pixels} ({image} + {text} tokens), batch 1"
-    return Workload(network="flux", config=config, inputs=tuple(inputs), title=title)
-
-
-def dit_workload(config: dit.DiTConfig) -> Workload:
-    """DiT, one picture: with its label and without, for guidance, so the batch is 2."""
-    shape, size = jax.ShapeDtypeStruct, config.sample_size
-    latents = shape((2, config.in_channels, size, size), jnp.bfloat16)
-    inputs = latents, shape((2,), jnp.int32), shape((2,), jnp.int32)
-    title = f"DiT-XL/2, {8 * size} x {8 * size} ({config.grid**2} tokens), batch 2"
-    return Workload(network="dit", config=config, inputs=inputs, title=title)
-
-
-WORKLOADS = {
-    "flux": flux_workload(flux.FLUX_DEV, 1024),
-    "dit": dit_workload(dit.DIT_XL_2_512),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +58,8 @@ class Footprint:
     """Bytes of one compiled forward pass.
 
     Attributes:
-        attention: the form found in the compiled program.
+        attention: what there is in the compiled program. Where a caption is masked, its attention
+            is in chunks in either case.
         arguments: parameters and inputs.
         temporaries: what XLA allocates besides, at most at any time.
         output: the result.
@@ -188,7 +144,7 @@ def table(work: Workload, rows: dict[tuple[str, str], Footprint]) -> Table:
     out = Table(title=work.title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("recipe", "attention"):
         out.add_column(column, no_wrap=True)
-    for column in ("arguments", "temps", "sum MB", "output", "peak", "ratio"):
+    for column in ("args", "temps", "sum MB", "output", "peak", "ratio"):
         out.add_column(column, justify="right", no_wrap=True)
     for (recipe, attention), one in rows.items():
         sizes = one.arguments, one.temporaries, one.needed, one.output, one.peak

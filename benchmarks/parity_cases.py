@@ -228,7 +228,7 @@ CASES = (
         model="latte-t2v",
         layout="diffusers",
         small=latte_t2v_files.TINY,
-        full=replace(LATTE_1, pairs=1),
+        full=replace(LATTE_1, pairs=1, num_frames=5),  # of diffusers, exactly so many
         cut="1 of 28 pairs",
         reference=latte_t2v.diffusers_latte,
         run=latte_t2v.run,

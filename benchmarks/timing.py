@@ -13,17 +13,20 @@ import jax
 
 @dataclass(frozen=True, kw_only=True)
 class Times:
-    """Seconds of one form, one per round.
+    """What one form took in each round, in seconds.
 
     Attributes:
-        seconds: in order of rounds.
+        seconds: by the clock.
+        busy: of the processors, all threads together; on a machine that others use it is steadier,
+            but it does not show how well the work was spread.
     """
 
     seconds: tuple[float, ...]
+    busy: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The usual one."""
+        """The usual time by the clock."""
         return statistics.median(self.seconds)
 
     @property
@@ -36,7 +39,15 @@ class Times:
 
         What disturbs a round disturbs its forms alike, so this is steadier than a ratio of medians.
         """
-        return statistics.median(a / b for a, b in zip(self.seconds, to.seconds, strict=True))
+        return _median_ratio(self.seconds, to.seconds)
+
+    def busy_ratio(self, to: Times) -> float:
+        """The same of the processors' time."""
+        return _median_ratio(self.busy, to.busy)
+
+
+def _median_ratio(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
@@ -54,9 +65,11 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str
     for call in calls.values():
         jax.block_until_ready(call())
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    busy: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start, start_busy = time.perf_counter(), time.process_time()
             jax.block_until_ready(call())
             seconds[name].append(time.perf_counter() - start)
-    return {name: Times(seconds=tuple(values)) for name, values in seconds.items()}
+            busy[name].append(time.process_time() - start_busy)
+    return {name: Times(seconds=tuple(seconds[name]), busy=tuple(busy[name])) for name in calls}

@@ -22,7 +22,7 @@ from pallas_kernels.audit.report import COLUMNS, cells, write_json
 from pallas_kernels.audit.verdict import failures, figure
 from pallas_kernels.audit.workers import examine_all
 
-TABLE_WIDTH = 220  # columns of the audit's table where the output is a file or a pipe
+TABLE_WIDTH = 250  # columns of the audit's table where the output is a file or a pipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ def quantize_rows(
     """Symmetric dynamic quantisation, one scale per row: `reference_rows.quantize_rows`.
 
     Without a rotation the two are equal bit for bit. With one, the kernel's float32 values are off
-    by what `row_math.rotate` says.
+    by what `row_math.rotate` says: of 10^4 8-bit codes of normal values about one, next to a tie,
+    differs by 1.
 
     One program per row. A row of up to nine blocks, which by default is one of up to 18432 values,
     is read once and stays in registers; a longer one is read twice, for its largest value and for

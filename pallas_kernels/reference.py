@@ -12,13 +12,15 @@ from jaxtyping import Array, Float, Float32, Int8
 from pallas_kernels.formats import unpack_codes
 from pallas_kernels.operands import Operands
 
+FEW_ROWS = 256
+"""Up to so many rows the int8 product is faster on CPU: it reads the weights as they are."""
+
 _LAST = (((1,), (1,)), ((), ()))  # contract the last axis of both operands: (m, k) x (n, k)
 
 
 def matmul_int32(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
     """`x @ w.T` of integer codes, summed exactly in int32, returned as float32."""
-    total = jax.lax.dot_general(x, w, _LAST, preferred_element_type=jnp.int32)
-    return total.astype(jnp.float32)
+    return _product(x, w, jnp.int32).astype(jnp.float32)
 
 
 def matmul_bf16(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
@@ -27,16 +29,25 @@ def matmul_bf16(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, 
     Codes up to 256 in size are exact in bfloat16 and every product is exact in float32; the sum is
     exact below 2^24 and rounded to float32 precision above.
     """
-    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    return jax.lax.dot_general(x, w, _LAST, preferred_element_type=jnp.float32)
+    return _product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), jnp.float32)
 
 
 def matmul_codes(x: Int8[Array, "m k"], w: Int8[Array, "n k"]) -> Float32[Array, "m n"]:
     """`x @ w.T` of integer codes by the platform's fastest pure-XLA form.
 
-    XLA's CPU backend has no VNNI path: its bfloat16 product is faster than its int8 one.
+    XLA's CPU backend has no VNNI path: for more than `FEW_ROWS` its bfloat16 product is faster than
+    its int8 one, though it makes bfloat16 of all weights first.
     """
-    return jax.lax.platform_dependent(x, w, cpu=matmul_bf16, default=matmul_int32)
+    on_cpu = matmul_int32 if x.shape[0] <= FEW_ROWS else matmul_bf16
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=matmul_int32)
+
+
+def _product(x, w, dtype):
+    """`x @ w.T`, accumulated in `dtype`."""
+    m = x.shape[0]
+    if m == 1:  # XLA:CPU takes one row an element at a time, on one core: two rows are faster
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    return jax.lax.dot_general(x, w, _LAST, preferred_element_type=dtype)[:m]
 
 
 def matmul(operands: Operands, *, out_dtype=jnp.float32) -> Float[Array, "m n"]:
@@ -109,11 +120,11 @@ def _float_product(operands: Operands):
     if group is None:
         if zero is not None:
             w = w.astype(jnp.int16) - zero.astype(jnp.int16)
-        y = jax.lax.dot_general(x, w.astype(x.dtype), _LAST, preferred_element_type=jnp.float32)
+        y = _product(x, w.astype(x.dtype), jnp.float32)
         return y * scale[:, 0]
     spread = lambda values: jnp.repeat(values.astype(jnp.float32), group, axis=1)[:, :k]  # noqa: E731
     w = w.astype(jnp.float32)
     if zero is not None:
         w = w - spread(zero)
     w = (w * spread(scale)).astype(x.dtype)
-    return jax.lax.dot_general(x, w, _LAST, preferred_element_type=jnp.float32)
+    return _product(x, w, jnp.float32)

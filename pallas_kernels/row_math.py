@@ -12,8 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float32, Int32, Shaped
+
+from pallas_kernels.ptx import ptx
 
 SIDE = 16  # of the matrices that the tensor cores take, and that a rotation is made of
 GROUP = SIDE * SIDE  # values of a row that are rotated together, one block of 256 or four of 64
@@ -30,8 +31,8 @@ def gelu(x: Float32[Array, "l c"], interpret: bool) -> Float32[Array, "l c"]:
     exponent = x * (np.float32(-slope) - np.float32(0.044715 * slope) * (x * x))
     if interpret:
         return x * (1 / (1 + jnp.exp2(exponent)))
-    power = _ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", exponent, jnp.float32)
-    return x * _ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", 1 + power, jnp.float32)
+    power = ptx("ex2.approx.ftz.f32 $0, $1;", "=f,f", exponent, dtype=jnp.float32)
+    return x * ptx("rcp.approx.ftz.f32 $0, $1;", "=f,f", 1 + power, dtype=jnp.float32)
 
 
 def rotate(x: Float32[Array, "1 c"], rotation: int) -> Float32[Array, "l 16"]:
@@ -106,22 +107,11 @@ def inverse(x: Float32[Array, "1 1"], interpret: bool) -> Float32[Array, "1 1"]:
     """1 / x, correctly rounded."""
     if interpret:
         return 1 / x
-    return _ptx("rcp.rn.f32 $0, $1;", "=f,f", x, jnp.float32)
+    return ptx("rcp.rn.f32 $0, $1;", "=f,f", x, dtype=jnp.float32)
 
 
 def round_half_even(x: Float32[Array, "l c"], interpret: bool) -> Int32[Array, "l c"]:
     """To the nearest int32, ties to even, NaN to 0."""
     if interpret:
         return jnp.round(jnp.where(x == x, x, 0.0)).astype(jnp.int32)
-    return _ptx("cvt.rni.s32.f32 $0, $1;", "=r,f", x, jnp.int32)
-
-
-def _ptx(instruction, constraints, x, dtype):
-    (y,) = pltriton.elementwise_inline_asm(
-        instruction,
-        args=[x],
-        constraints=constraints,
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, dtype)],
-    )
-    return y
+    return ptx("cvt.rni.s32.f32 $0, $1;", "=r,f", x, dtype=jnp.int32)

@@ -22,7 +22,7 @@ from pallas_kernels.audit.targets import target as find_target
 from pallas_kernels.audit.timing import times
 from pallas_kernels.audit.workers import attempt_all
 from pallas_kernels.packing import BLOCK
-from pallas_kernels.tile_table import ANY
+from pallas_kernels.tile_table import ANY, TILES
 from pallas_kernels.tiles import Tile
 
 TABLE = Path(__file__).with_name("tile_table.py")
@@ -85,10 +85,9 @@ def candidates(op: Matmul, few_rows: bool) -> Iterator[Tile]:
 
 
 def shapes(most: int, below: int) -> list[tuple[int, int, int]]:
-    """(m, k, n) of the layers with below < m <= most; the range's end where no layer has such m."""
-    linears = sorted({(k, n) for _, k, n, _ in LAYERS})
-    rows = {m for *_, ms in LAYERS for m in ms if below < m <= most} or {most}
-    return [(m, k, n) for m in sorted(rows) for k, n in linears]
+    """(m, k, n) of the layers with below < m <= most; without any, all of them at m = most."""
+    found = [(m, k, n) for _, k, n, ms in LAYERS for m in ms if below < m <= most]
+    return found or [(most, k, n) for _, k, n, _ in LAYERS]
 
 
 def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candidate:
@@ -111,8 +110,14 @@ def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candida
     return max(close, key=lambda candidate: candidate.room)
 
 
-def tune(op: Matmul, target: str, workers: int) -> Entries:
+def tune(op: Matmul, target: str, workers: int, near: str | None = None) -> Entries:
     """The op's tiles on one GPU, by rows; neighbouring ranges with one tile are one entry.
+
+    Args:
+        op: what to tune.
+        target: the GPU.
+        workers: processes that compile.
+        near: a generation of the table whose tiles for the op are the only candidates; None: all.
 
     Raises:
         ToolError: a piece of the compiler is missing.
@@ -121,6 +126,9 @@ def tune(op: Matmul, target: str, workers: int) -> Entries:
     compiled: dict[bool, list[Candidate]] = {}
     for few_rows, shape in ((True, (1, 3072, 9216)), (False, (4608, 3072, 3072))):
         tiles = list(candidates(op, few_rows))
+        if near is not None:
+            held = {tile for _, tile in TILES[near][op.table]}
+            tiles = [tile for tile in tiles if tile in held]
         replies = attempt_all([(Case(op.table, *shape), target, tile) for tile in tiles], workers)
         compiled[few_rows] = [
             Candidate(tile, reply)
@@ -157,13 +165,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=__doc__)
     parser.add_argument("--targets", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--ops", nargs="*", default=list(TUNED), choices=list(TUNED))
+    parser.add_argument("--near", choices=list(TILES), help="try only this generation's tiles")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--table", type=Path, default=TABLE)
     arguments = parser.parse_args(argv)
-    table: dict[str, dict[str, Entries]] = {}
+    table = {gpu: {op: list(held) for op, held in ops.items()} for gpu, ops in TILES.items()}
     for name in arguments.targets:
         for op in (TUNED[key] for key in arguments.ops):
-            entries = tune(op, name, arguments.workers)
+            entries = tune(op, name, arguments.workers, arguments.near)
             table.setdefault(TARGETS[name].sm, {})[op.table] = entries
             print(name, op.table, *entries, sep="\n  ", flush=True)
     write(table, arguments.table)

@@ -3,7 +3,7 @@
 Left to itself the compiler unpacks bytes one by one at most tile shapes (six times the integer
 instructions, measured in machine code), so a 32-bit register of four packed bytes is shifted and
 masked as a whole, in a line or two of PTX. Interpret mode, which knows no assembly, takes the same
-from jnp. This module is all of the matmul kernels that knows Triton's own API.
+from jnp.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.formats import FORMATS
+from pallas_kernels.ptx import ptx
 
 RUN = {"int6": 32, "int4": 64, "ternary": 32}
 """Contiguous k in one plane of a packed block of 128 (`packing`); nothing is interleaved."""
@@ -82,13 +82,10 @@ def _place(args, fields, bits: int, integer: bool, interpret: bool) -> jax.Array
             lines.append(f"prmt.b32 t, c, 0, {select};")
             lines.append(f"shl.b32 t, t, {7 - bits};")
             lines.append(f"or.b32 ${output}, t, {one * 0x00010001};")
-    (codes,) = pltriton.elementwise_inline_asm(
+    return ptx(
         "{ .reg .b32 c, t; " + " ".join(lines) + " }",
-        args=list(args),
-        constraints=",".join(["=r"] * outputs + ["r"] * len(args)),
+        ",".join(["=r"] * outputs + ["r"] * len(args)),
+        *args,
+        dtype=jnp.int8 if integer else jnp.bfloat16,
         pack=4,
-        result_shape_dtypes=[
-            jax.ShapeDtypeStruct(args[0].shape, jnp.int8 if integer else jnp.bfloat16)
-        ],
     )
-    return codes

@@ -1,5 +1,6 @@
 """`lowbit-jax`: what it prints of a checkpoint, and how it says that there is none."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from lowbit_jax.checkpoint import save
 from lowbit_jax.cli import main
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.transform import quantize
+from pallas_kernels.audit.cases import cases
+from tests.references.findings import GOOD
 
 
 @pytest.fixture
@@ -92,3 +95,44 @@ def test_recipes_lists_every_name(run):
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == list(RECIPES)
     assert all(recipe.description in out for recipe in RECIPES.values())
+
+
+@pytest.fixture
+def audited(monkeypatch):
+    """Lets the audit compile nothing: every job's finding is one good kernel's, changed."""
+
+    def install(**changes):
+        jobs = []
+
+        def examine_all(asked, workers):
+            for case, target, _ in asked:
+                jobs.append((case, target))
+                yield dataclasses.replace(GOOD, case=case, target=target, **changes)
+
+        monkeypatch.setattr("lowbit_jax.cli.examine_all", examine_all)
+        return jobs
+
+    return install
+
+
+def test_audit_prints_every_kernel_and_the_figure(run, audited, tmp_path):
+    jobs = audited()
+    code, out, _ = run(
+        "audit", "--ops", "int8_a8", "--targets", "a100", "h100", "--json", tmp_path / "a.json"
+    )
+    assert code == 0 and jobs == [(c, t) for t in ("a100", "h100") for c in cases(("int8_a8",))]
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert out.count("128x128x64 w8 s4") == len(written) == len(jobs)
+    assert "nothing here is a measured speed" in out and "FAILED" not in out
+    assert out.splitlines()[-1] == f"figure: int8_bound_min=1.000 spills=0 kernels={len(jobs)}"
+
+
+def test_audit_fails_by_name(run, audited):
+    audited(spill_bytes=24)
+    code, out, _ = run("audit", "--ops", "ternary_a8")
+    assert code == 1
+    assert "FAILED a100 ternary_a8 4608 x 3072 x 3072: 24 B of registers spilled" in out
+
+
+def test_audit_of_an_unknown_op(run):
+    assert "no op named int5" in refused(run("audit", "--ops", "int5"))

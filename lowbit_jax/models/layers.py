@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lowbit_jax import ops
+from lowbit_jax.models.scan import scan_layers
 from lowbit_jax.ops import over_tokens
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
@@ -245,7 +246,7 @@ class BlockStack(nn.Module):
                 return block.apply({"params": params}, *carry, *constants), None
 
             scanned = jax.checkpoint(step) if self.remat else step
-            carry, _ = jax.lax.scan(scanned, carry, segments[first])
+            carry = scan_layers(scanned, carry, segments[first])
         return carry
 
     def _init_segments(self, blocks, carry, constants) -> None:

@@ -38,6 +38,7 @@ LAYERS = (
     ("FLUX mlp out", 12288, 3072, TOKENS_3072),
     ("FLUX single in", 3072, 21504, TOKENS_3072),
     ("FLUX single out", 15360, 3072, TOKENS_3072),
+    ("DiT modulation; PixArt, STDiT t_block", 1152, 6912, (1,)),
     ("FLUX final modulation", 3072, 6144, (1,)),
     ("FLUX single modulation", 3072, 9216, (1,)),
     ("FLUX double modulation", 3072, 18432, (1,)),
@@ -175,13 +176,23 @@ OPS: dict[str, Matmul | Rows] = {
 }
 
 
-# an op for every entry of `tile_table`, for `tune`; groups of 128 stand for all groups
+# An op for every entry of `tile_table`, for `tune`, in its heaviest form: what fits that fits the
+# others. Groups of 128 stand for all groups.
 TUNED = {
     op.table: op
     for format in FORMATS
     for integer in (True, False)
     for group in (None, 128)
-    for op in [Matmul(family="", format=format, integer=integer, group=group)]
+    for op in [
+        Matmul(
+            family="",
+            format=format,
+            integer=integer,
+            group=group,
+            zero=group is not None,
+            gated=True,
+        )
+    ]
 }
 
 

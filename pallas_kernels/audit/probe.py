@@ -12,9 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.audit.cases import find_op
 from pallas_kernels.audit.compile import compile_kernels
 from pallas_kernels.audit.model import Report, report
 from pallas_kernels.audit.targets import target as find_target
+from pallas_kernels.tiles import Tile
 
 _SPEC = re.compile(r"(\w+)\[([\d,]*)\]")
 
@@ -44,8 +46,10 @@ def probe(fn: Callable, *specs, target: str = "a100", kernel: str | None = None)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `python -m pallas_kernels.audit probe`."""
-    parser.add_argument("function", help="module:function")
-    parser.add_argument("specs", nargs="+", help='arguments, "int8[4608,3072]"; "none" for None')
+    parser.add_argument("function", help="module:function, or an op that `lowbit-jax audit` knows")
+    parser.add_argument(
+        "specs", nargs="+", help='arguments, "int8[4608,3072]", "none" for None; m k n for an op'
+    )
     parser.add_argument("--tile", help="m,n,k,num_warps,num_stages")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="static keywords"
@@ -57,22 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the probe command; prints its line."""
-    module, name = arguments.function.split(":")
-    fn = getattr(importlib.import_module(module), name)
-    keywords = dict(_keyword(text) for text in arguments.set)
-    if arguments.tile:
-        from pallas_kernels.tiles import Tile
-
-        keywords["tile"] = Tile(*map(int, arguments.tile.split(",")))
-    specs = [_spec(text) for text in arguments.specs]
-    found = probe(
-        functools.partial(fn, **keywords), *specs, target=arguments.target, kernel=arguments.kernel
-    )
+    tile = Tile(*map(int, arguments.tile.split(","))) if arguments.tile else None
+    fn, specs = _named(arguments, tile) if ":" in arguments.function else _op(arguments, tile)
+    found = probe(fn, *specs, target=arguments.target, kernel=arguments.kernel)
     if arguments.sass:
         for i in found.loop.instructions:
             print(f"{i.address:05x} {i.predicate:5} {i.opcode} {i.operands}")
     print(found.line())
     return 0
+
+
+def _op(arguments: argparse.Namespace, tile: Tile | None):
+    """(function, arguments) of an op of `cases` at m, k, n."""
+    m, k, n = (*map(int, arguments.specs), 0)[:3]
+    return find_op(arguments.function).build(m, k, n, find_target(arguments.target).sm, tile)[:2]
+
+
+def _named(arguments: argparse.Namespace, tile: Tile | None):
+    """(function, arguments) of module:function."""
+    module, name = arguments.function.split(":")
+    keywords = dict(_keyword(text) for text in arguments.set)
+    if tile:
+        keywords["tile"] = tile
+    fn = functools.partial(getattr(importlib.import_module(module), name), **keywords)
+    return fn, [_spec(text) for text in arguments.specs]
 
 
 def _keyword(text: str):

@@ -20,7 +20,10 @@ def exact(x, w):
 @pytest.mark.parametrize(
     "matmul", (reference.matmul_int32, reference.matmul_bf16, reference.matmul_codes)
 )
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 7, 300), (5, 3, 129), (16, 32, 1000)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 1, 1), (1, 7, 300), (5, 3, 129), (reference.FEW_ROWS, 4, 9), (260, 5, 1000)],
+)
 def test_integer_products_are_exact(matmul, m, n, k):
     """1000 * 128 * 128 < 2^24: every partial sum is exact in float32, in any order."""
     x, w = integers(m, k, low=-127), integers(n, k, seed=1)

@@ -21,7 +21,7 @@ __all__ = ["Latte", "meta_latte", "run", "state_arrays", "torch_latte"]
 
 
 class Block(nn.Module):
-    """A DiT block over the rows of (n, width)."""
+    """A DiT block; tokens (..., n, width), attention among n."""
 
     def __init__(self, config):
         super().__init__()
@@ -90,13 +90,12 @@ class Latte(nn.Module):
             c = c + self.y_embedder.embedding_table.weight[label]
         tokens = self.x_embedder(x) + self.pos_embed
         for i, block in enumerate(self.blocks):
+            if i == 1:
+                tokens = tokens + self.temp_embed[0][:, None]
             if i % 2 == 0:
-                tokens = torch.stack([block(frame, c) for frame in tokens])
+                tokens = block(tokens, c)
             else:
-                if i == 1:
-                    tokens = tokens + self.temp_embed[0][:, None]
-                patches = [block(patch, c) for patch in tokens.transpose(0, 1)]
-                tokens = torch.stack(patches).transpose(0, 1)
+                tokens = block(tokens.transpose(0, 1), c).transpose(0, 1)
         grid = (x.shape[1], x.shape[2] // p, x.shape[3] // p)
         return joined(self.final_layer(tokens, c), grid, (1, p, p), x.shape[1:])
 

@@ -36,10 +36,10 @@ class Block(nn.Module):
         """`in_time` is added to what the temporal attention sees, not to the tokens."""
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.reshape(6, -1) + self.scale_shift_table
         h = normalise(x) * (1 + scale1) + shift1
-        x = x + gate1 * torch.stack([self.attn(frame) for frame in h])
+        x = x + gate1 * self.attn(h)
         h = (x + in_time[:, None]).transpose(0, 1)
-        x = x + gate1 * torch.stack([self.attn_temp(patch) for patch in h]).transpose(0, 1)
-        x = x + torch.stack([self.cross_attn(frame, caption) for frame in x])
+        x = x + gate1 * self.attn_temp(h).transpose(0, 1)
+        x = x + self.cross_attn(x, caption)
         return x + gate2 * self.mlp(normalise(x) * (1 + scale2) + shift2)
 
 

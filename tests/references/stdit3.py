@@ -30,8 +30,8 @@ class Rotary(nn.Module):
         self.freqs = nn.Parameter((10000.0**-powers).float(), requires_grad=False)
 
     def forward(self, x):
-        """(n, head, dim); row i turns by i."""
-        turns = torch.arange(len(x)).double()[:, None] * self.freqs.double()
+        """(..., n, head, dim); number i of n turns by i."""
+        turns = torch.arange(x.shape[-3]).double()[:, None] * self.freqs.double()
         unit = torch.polar(torch.ones_like(turns), turns)[:, None]
         pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * unit).flatten(-2).float()
@@ -53,8 +53,8 @@ class Block(nn.Module):
         mod = mod + self.scale_shift_table
         shift1, scale1, gate1, shift2, scale2, gate2 = mod.unbind(-2)
         h = normalise(x) * (1 + scale1) + shift1
-        x = x + gate1 * torch.stack([self.attn(row, rotate) for row in h])
-        x = x + torch.stack([self.cross_attn(row, caption) for row in x])
+        x = x + gate1 * self.attn(h, rotate)
+        x = x + self.cross_attn(x, caption)
         return x + gate2 * self.mlp(normalise(x) * (1 + scale2) + shift2)
 
 

@@ -1,8 +1,8 @@
 """Parts of the video networks in plain torch, written from the published architectures.
 
 Modules and parameters have the published names, so that a state dict is a checkpoint. Every video
-is computed by itself, captions are cut to their length first, and attention is three lines of
-einsum, so that nothing is shared with the way our modules do it.
+is computed by itself, captions are cut to their length first, and attention is two einsums, so that
+nothing is shared with the way our modules do it.
 """
 
 import math
@@ -22,12 +22,9 @@ def waves(position, width, base=10000.0):
 
 def picture_waves(rows, columns, width):
     """(1, rows * columns, width): half for the column, half for the row."""
-    table = [
-        torch.cat([waves(x[None], width // 2), waves(y[None], width // 2)], dim=1)
-        for y in rows
-        for x in columns
-    ]
-    return torch.cat(table)[None].float()
+    across = waves(columns, width // 2).repeat(len(rows), 1)
+    down = waves(rows, width // 2).repeat_interleave(len(columns), 0)
+    return torch.cat([across, down], dim=1)[None].float()
 
 
 def normalise(x, eps=1e-6):
@@ -36,9 +33,9 @@ def normalise(x, eps=1e-6):
 
 
 def attend(q, k, v):
-    """Softmax attention of (n, head, dim) with scale 1/sqrt(dim)."""
-    scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+    """Softmax attention of (..., n, head, dim) with scale 1/sqrt(dim)."""
+    scores = torch.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])
+    return torch.einsum("...hqk,...khd->...qhd", scores.softmax(-1), v)
 
 
 class TimeEmbedder(nn.Module):
@@ -67,7 +64,7 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention among the rows of (n, width), with the options of STDiT3."""
+    """Attention among the n of (..., n, width), with the options of STDiT3."""
 
     def __init__(self, width, heads, qk_norm=False):
         super().__init__()
@@ -78,15 +75,15 @@ class SelfAttention(nn.Module):
         self.qk_norm = qk_norm
 
     def forward(self, x, rotate=lambda x: x):
-        """`rotate` is applied to queries and keys (n, head, dim)."""
-        q, k, v = self.qkv(x).reshape(len(x), 3, self.heads, -1).unbind(1)
+        """`rotate` is applied to queries and keys (..., n, head, dim)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(attend(rotate(q), rotate(k), v).reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
-    """Attention of the rows of (n, width) to a caption (m, width)."""
+    """Attention of all tokens (..., width) to a caption (m, width)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -96,8 +93,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, caption):
         """`caption` has only the tokens that count."""
-        k, v = self.kv_linear(caption).reshape(len(caption), 2, self.heads, -1).unbind(1)
-        q = self.q_linear(x).reshape(len(x), self.heads, -1)
+        k, v = self.kv_linear(caption).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        q = self.q_linear(x).reshape(-1, self.heads, k.shape[-1])
         return self.proj(attend(q, k, v).reshape(x.shape))
 
 

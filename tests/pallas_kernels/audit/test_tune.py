@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 
 from pallas_kernels import tile_table, tune
-from pallas_kernels.audit.cases import TUNED, Case
-from pallas_kernels.audit.examine import Finding
-from pallas_kernels.audit.timing import Block, Times
+from pallas_kernels.audit.cases import TUNED
+from pallas_kernels.audit.timing import Block
 from pallas_kernels.tiles import Tile
+from tests.references.findings import GOOD
 
 OP = TUNED["int8_a8"]
 CYCLES = dict.fromkeys(("tensor", "issue", "alu", "fma", "xu", "shared"), 0.0)
@@ -20,27 +20,11 @@ def candidate(tile, *, alu=0.0, warps=16, blocks=2, **changes):
     tensor = tile.m * tile.n * tile.k / tile.num_warps / 512  # 512 products a cycle
     loop = CYCLES | {"tensor": tensor, "alu": alu * tensor}
     reads = float((tile.m + tile.n) * tile.k)
-    found = Finding(
-        case=Case("int8_a8", 4608, 3072, 3072),
-        family="",
-        target="a100",
-        kernel="int8_matmul",
+    found = dataclasses.replace(
+        GOOD,
         tile=tile,
-        registers=128,
-        spill_bytes=0,
-        shared_bytes=0,
-        blocks=0,
         blocks_per_sm=blocks,
         warps_per_sm=warps,
-        limit="registers",
-        products={},
-        instructions=0,
-        busiest="tensor",
-        bound=1.0,
-        byte_loads=0,
-        minimum=0,
-        moved=0.0,
-        repeats=1.0,
         block=Block(
             loop=loop,
             rest=CYCLES,
@@ -49,10 +33,7 @@ def candidate(tile, *, alu=0.0, warps=16, blocks=2, **changes):
             reads=reads,
             in_flight=1e6,
         ),
-        times=Times(1.0, 1.0, 1.0),
         k_per_pass=float(tile.k),
-        share=1.0,
-        seconds=0.0,
     )
     return tune.Candidate(tile, dataclasses.replace(found, **changes))
 

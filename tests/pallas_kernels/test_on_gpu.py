@@ -1,4 +1,4 @@
-"""What only a GPU can show: compiled kernels give the right numbers. `make gpu-check` tries more."""
+"""What only a GPU can show: compiled kernels are right. `make gpu-check` tries more shapes."""
 
 import jax
 import jax.numpy as jnp

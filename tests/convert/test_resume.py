@@ -1,0 +1,319 @@
+"""A conversion that is killed and resumed gives, file by file, what an uninterrupted one gives."""
+
+import dataclasses
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import job as conversion
+from lowbit_jax import checkpoint_journal, checkpoint_writer
+from lowbit_jax.checkpoint import load, read_manifest
+from tests.references.flux_files import TINY, write_source
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = dataclasses.replace(TINY, depth=0, depth_single_blocks=2)
+PARTS = ("outer", "single_blocks.0", "single_blocks.1")
+
+
+def files(folder):
+    """Every file below a folder, with its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def run_killed(*runs):
+    """[(calls made, exit status)] of conversions that die at a step."""
+    command = [sys.executable, "-m", "tests.references.interrupted", json.dumps({"runs": runs})]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def arguments(source, out, *options):
+    return [str(source), "--recipe", "w8a8", "--out", str(out), *options]
+
+
+@pytest.fixture
+def interrupted(convert, tmp_path, source, monkeypatch):
+    """A conversion that ended, as far as the disk can tell, after its second part."""
+    write = checkpoint_writer.Writer.write
+
+    def stop(self, name, *rest):
+        if name == "single_blocks/1":
+            raise KeyboardInterrupt
+        write(self, name, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.Writer, "write", stop)
+        code, _, (error,) = convert(source)
+    partial = tmp_path / ".out.partial"
+    assert code == 130
+    assert error == (
+        f"convert_and_quantize: interrupted; 2 finished part(s) are kept in {partial}; "
+        "--resume goes on from there"
+    )
+    return partial
+
+
+@pytest.fixture
+def whole(convert, tmp_path, source):
+    """The files of an uninterrupted conversion."""
+    assert convert(source, out="whole")[0] == 0
+    return files(tmp_path / "whole")
+
+
+def test_a_kill_at_any_point(convert, tmp_path, source, whole):
+    """At every journal line (torn), every rename and removal, and at random ones of the rest."""
+    ((calls, status),) = run_killed([None, arguments(source, tmp_path / "full")])
+    assert status == 0 and files(tmp_path / "full") == whole
+    assert calls.count("write") == 1 + len(PARTS) and calls.count("rename") == 1
+    named = [i for i, name in enumerate(calls) if name in ("write", "rename")]
+    after_rename = calls.index("rename") + 1
+    ends = random.Random(0).sample(range(after_rename, len(calls)), 2)
+    points = [*named, 1, *random.Random(1).sample(range(2, after_rename), 4), *ends]
+    points = [*points, after_rename, len(calls) - 1]
+    outs = [tmp_path / f"killed-{i}" for i in range(len(points))]
+    runs = [[point, arguments(source, out)] for point, out in zip(points, outs, strict=True)]
+    for (made, status), point in zip(run_killed(*runs), points, strict=True):
+        assert status == -9 and made == calls[:point]
+    for point, out in zip(points, outs, strict=True):
+        if point < after_rename:
+            assert not out.exists()
+        code, _, errors = convert(source, "--resume", out=out.name)
+        assert (code, errors) == (0, []), (point, calls[point])
+        assert files(out) == whole, (point, calls[point])
+    assert not [path.name for path in tmp_path.iterdir() if ".partial" in path.name]
+
+
+def test_a_kill_while_an_earlier_checkpoint_is_replaced(convert, tmp_path, source, whole):
+    """It is whole in one of two places, and a resumed conversion ends with the new one."""
+    assert convert(source, recipe="float", out="old")[0] == 0
+    old = files(tmp_path / "old")
+    outs = [tmp_path / name for name in ("full", *"abc")]
+    for out in outs:
+        shutil.copytree(tmp_path / "old", out)
+    ((calls, status),) = run_killed([None, arguments(source, outs[0], "--overwrite")])
+    assert status == 0 and files(outs[0]) == whole and calls.count("rename") == 2
+    first = calls.index("rename")
+    runs = [[first + i, arguments(source, out, "--overwrite")] for i, out in enumerate(outs[1:])]
+    assert [status for _, status in run_killed(*runs)] == [-9, -9, -9]
+    assert files(outs[1]) == old
+    assert not outs[2].exists() and files(tmp_path / ".b.partial" / "replaced") == old
+    code, _, (error,) = convert(source, "--overwrite", out="b")
+    assert code == 2 and "it holds the only copy of the earlier b, in " in error
+    assert files(outs[3]) == whole
+    for out in outs[1:]:
+        assert convert(source, "--overwrite", "--resume", out=out.name)[0] == 0
+        assert files(out) == whole
+    assert not [path.name for path in tmp_path.iterdir() if ".partial" in path.name]
+
+
+def test_what_is_there_is_said_and_not_made_again(
+    convert, tmp_path, source, interrupted, whole, monkeypatch
+):
+    write, written = checkpoint_writer.Writer.write, []
+
+    def note(self, name, *rest):
+        written.append(name)
+        write(self, name, *rest)
+
+    monkeypatch.setattr(checkpoint_writer.Writer, "write", note)
+    code, out, _ = convert(source, "--resume")
+    assert code == 0 and written == ["single_blocks/1"]
+    assert re.search(
+        r"resume: 2 of 3 parts are there, equal to their digests \(0\.\d of 0\.\d MB of the "
+        r"source\); to be made: single_blocks/1\n",
+        out,
+    )
+    assert files(tmp_path / "out") == whole
+    code, out, _ = convert(source, "--resume")  # again: nothing to do, and that is no error
+    assert code == 0 and "resume: the checkpoint had been finished" in out
+    assert written == ["single_blocks/1"] and files(tmp_path / "out") == whole
+
+
+def test_resume_with_nothing_there_begins(convert, tmp_path, source, whole):
+    code, out, _ = convert(source, "--resume")
+    assert code == 0 and "resume: nothing is there; beginning" in out
+    assert files(tmp_path / "out") == whole
+    assert convert(source, "--resume", recipe="float")[0] == 2  # another one: not overwritten
+    assert files(tmp_path / "out") == whole
+
+
+def test_without_resume_it_is_named_and_left(convert, refused, source, interrupted):
+    for options in ([], ["--overwrite"]):
+        said = refused(source, *options)
+        assert f"an interrupted conversion is in {interrupted}; pass --resume" in said
+    assert "--resume goes on with a conversion and --dry-run" in refused(
+        source, "--resume", "--dry-run"
+    )
+    shutil.rmtree(interrupted)
+    assert convert(source)[0] == 0
+
+
+def test_another_conversion_is_refused_by_name(
+    convert, refused, tmp_path, source, interrupted, whole, monkeypatch
+):
+    other = write_source(tmp_path / "other", CONFIG, **{"proj_out.bias": np.ones(8, np.float32)})
+    single = next(source.glob("*.safetensors")).name
+    (tmp_path / "renamed").mkdir()
+    for path in source.iterdir():
+        name = path.name.replace("diffusion_pytorch_model", "model")
+        shutil.copy(path, tmp_path / "renamed" / name)
+    keep = ("--keep", "single_blocks/./linear1")
+    cases = [
+        (other, (), {}, f"source.files.{single} was '"),
+        (tmp_path / "renamed", (), {}, f"source.files.{single} was '"),
+        (source, (), {"recipe": "w8a16"}, "recipe.name was 'w8a8', is now 'w8a16'"),
+        (source, keep, {}, "recipe.name was 'w8a8', is now 'w8a8 keeping single_blocks"),
+        (source, ("--dtype", "f32"), {}, "dtype was 'bfloat16', is now 'float32'"),
+        (source, ("--archive",), {}, "archive was False, is now True"),
+    ]
+    for given, options, changes, message in cases:
+        said = refused(given, "--resume", *options, **changes)
+        assert f"{interrupted} was another one: {message}" in said
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "LAYOUT_VERSION", 2)
+        assert "layout_version was 1, is now 2" in refused(source, "--resume")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "library_versions", lambda: {"jax": "0.1"})
+        assert "versions.lowbit-jax was " in refused(source, "--resume")
+    assert convert(source, "--resume")[0] == 0
+    assert files(tmp_path / "out") == whole
+
+
+def largest(folder):
+    return max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+
+
+def flip(partial):
+    path = largest(partial / "checkpoint" / "params" / "outer")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+def lose_a_file(partial):
+    largest(partial / "checkpoint" / "params" / "outer").unlink()
+
+
+def add_a_file(partial):
+    (partial / "checkpoint" / "params" / "outer" / "more").write_text("")
+
+
+def half_write(partial):
+    folder = partial / "checkpoint" / "params"
+    shutil.copytree(folder / "outer", folder / "single_blocks.1")
+    (partial / "checkpoint" / "manifest.json").write_text('{"format": "low')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message", "remade"),
+    [
+        (flip, "outer is not what the journal says", 1),
+        (lose_a_file, "outer is not what the journal says", 1),
+        (add_a_file, "outer is not what the journal says", 1),
+        (lambda partial: shutil.rmtree(partial / "checkpoint/params/outer"), "outer is missing", 1),
+        (lambda partial: shutil.rmtree(partial / "checkpoint"), "single_blocks/0 is missing", 2),
+        (half_write, "params/single_blocks.1 was half written", 0),
+        (half_write, "manifest.json was half written", 0),
+    ],
+)
+def test_a_part_that_is_not_whole_is_made_again(
+    convert, tmp_path, source, interrupted, whole, damage, message, remade
+):
+    damage(interrupted)
+    code, out, _ = convert(source, "--resume")
+    assert code == 0 and f"resume: {message}; removed" in out
+    assert f"resume: {2 - remade} of 3 parts are there" in out
+    assert files(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("cut", [1, 40, 300, 10**9], ids=str)
+def test_a_torn_journal_counts_up_to_where_it_is_whole(
+    convert, tmp_path, source, interrupted, whole, cut
+):
+    raw = (interrupted / "journal").read_bytes()
+    assert raw.count(b"\n") == 3
+    (interrupted / "journal").write_bytes(raw[: max(len(raw) - cut, 0)])
+    code, out, _ = convert(source, "--resume")
+    assert code == 0
+    assert ("1 of 3 parts are there" if cut < 1000 else "nothing is there") in out
+    assert files(tmp_path / "out") == whole
+
+
+def test_a_flipped_bit_in_the_journal_is_no_manifest(convert, tmp_path, source, interrupted, whole):
+    raw = bytearray((interrupted / "journal").read_bytes())
+    raw[-100] ^= 1
+    (interrupted / "journal").write_bytes(raw)
+    assert convert(source, "--resume")[0] == 0
+    assert files(tmp_path / "out") == whole
+
+
+def test_what_is_wrong_with_the_source_keeps_nothing(convert, tmp_path, make_source):
+    bad = {"single_transformer_blocks.1.proj_out.bias": np.full(64, np.nan, np.float32)}
+    code, _, (error,) = convert(make_source(**bad), "--resume")
+    assert code == 2 and "NaN or inf in single_blocks/1/linear2/bias" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_bad_numbers_that_are_kept_survive_an_interruption(convert, make_source, tmp_path):
+    bad = {"single_transformer_blocks.0.proj_out.bias": np.full(64, np.nan, np.float32)}
+    source = make_source(**bad)
+    recipe = tmp_path / "recipe.json"
+    rule = {"match": ".*", "weights": {"format": "int8", "quantizer": "absmax"}}
+    recipe.write_text(json.dumps({"name": "mine", "rules": [rule], "on_nonfinite": "keep"}))
+    write = checkpoint_writer.Writer.write
+    with pytest.MonkeyPatch.context() as patch:
+        stop = lambda self, name, *rest: name == "single_blocks/1" or write(self, name, *rest)  # noqa: E731
+        patch.setattr(checkpoint_writer.Writer, "write", stop)
+        patch.setattr(
+            checkpoint_writer.Writer, "finish", lambda self: (_ for _ in ()).throw(OSError(5, "x"))
+        )
+        assert convert(source, recipe=recipe)[0] == 2
+    code, out, _ = convert(source, "--resume", recipe=recipe)
+    assert code == 0 and "NaN or inf kept, in floating point: single_blocks/0/linear2/bias\n" in out
+    assert read_manifest(tmp_path / "out")["nonfinite"] == {
+        "single_blocks/0": ["single_blocks/0/linear2/bias"]
+    }
+
+
+def test_files_do_not_depend_on_threads_or_shards(convert, tmp_path, source, whole, monkeypatch):
+    for threads in (1, 4):
+        monkeypatch.setattr(conversion, "THREADS", threads)
+        assert convert(source, out=f"threads-{threads}")[0] == 0
+        assert files(tmp_path / f"threads-{threads}") == whole
+    shards = write_source(tmp_path / "shards", CONFIG, max_shard_bytes=100_000)
+    assert len(list(shards.glob("*.safetensors"))) > 3
+    assert convert(shards, out="sharded")[0] == 0
+    found = files(tmp_path / "sharded")
+    manifests = [json.loads(x.pop(Path("manifest.json"))) for x in (found, dict(whole))]
+    assert manifests[0] | {"source": None} == manifests[1] | {"source": None}
+    assert found == {path: raw for path, raw in whole.items() if path.name != "manifest.json"}
+
+
+def test_the_shipped_model_interrupted(convert, tmp_path, monkeypatch):
+    source = ROOT / "checkpoints" / "nouns-flux"
+    assert convert(source, recipe="flux-1.58bit", out="whole")[0] == 0
+    ((_, status),) = run_killed(
+        [250, [str(source), "--recipe", "flux-1.58bit", "--out", str(tmp_path / "out")]]
+    )
+    assert status == -9
+    code, out, _ = convert(source, "--resume", recipe="flux-1.58bit")
+    assert code == 0 and re.search(r"resume: [1-6] of 7 parts are there", out)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert load(tmp_path / "out").model == "flux"
+
+
+def test_a_difference_is_named():
+    difference = checkpoint_journal.difference
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b was 2, is now 3"
+    assert difference({"a": [1]}, {"a": [1, 2]}) == "a was [1], is now [1, 2]"
+    assert difference({"a": 1}, {"b": 1}) == "a was 1, is now None"
+    assert difference({"a": "x" * 200}, {"a": 1}).count("x") == 79

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lowbit_jax import checkpoint, checkpoint_store
@@ -88,6 +89,32 @@ def test_what_a_qtensor_knows_is_kept(tmp_path):
     found = load(write(tmp_path / "out", params)).params
     assert_same(found, params)
     assert (found["d"]["kernel"].group, found["d"]["kernel"].act_bits) == (32, 2)
+
+
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["zarr", "ocdbt"])
+def test_a_part_is_orbaxs_and_may_be_of_its_other_kind(tmp_path, ocdbt):
+    """orbax reads our folders without us, and we read those of earlier versions, with OCDBT."""
+    params = quantize(tree(), RECIPES["w8a8"])
+    write(tmp_path / "out", params, RECIPES["w8a8"])
+    path = tmp_path / "out" / "params" / "double_blocks.1"
+    stored = ocp.PyTreeCheckpointer().restore(path)
+    expected = params["double_blocks"]["0"]["attn"]["qkv"]["kernel"].codes[1]
+    np.testing.assert_array_equal(stored["attn.qkv.kernel.codes"], expected)
+    shutil.rmtree(path)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=True)
+    ocp.Checkpointer(handler).save(path, args=ocp.args.PyTreeSave(stored))
+    assert (path / "manifest.ocdbt").exists() == ocdbt
+    assert_same(load(tmp_path / "out").params, params)
+
+
+def test_two_folders_of_one_tree_are_equal_in_every_file(tmp_path):
+    params = quantize(tree(), MIXED)
+    found = []
+    for name in ("a", "b"):
+        folder = write(tmp_path / name, params, MIXED)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        found.append({path.relative_to(folder): path.read_bytes() for path in paths})
+    assert found[0] == found[1] and len(found[0]) > 20
 
 
 MIXED = Recipe(

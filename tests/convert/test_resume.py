@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +37,8 @@ def run_killed(*runs):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def arguments(source, out, *options):
-    return [str(source), "--recipe", "w8a8", "--out", str(out), *options]
+def arguments(source, out, *options, recipe="w8a8"):
+    return [str(source), "--recipe", recipe, "--out", str(out), *options]
 
 
 @pytest.fixture
@@ -68,48 +70,89 @@ def whole(convert, tmp_path, source):
     return files(tmp_path / "whole")
 
 
-def test_a_kill_at_any_point(convert, tmp_path, source, whole):
-    """At every journal line (torn), every rename and removal, and at random ones of the rest."""
-    ((calls, status),) = run_killed([None, arguments(source, tmp_path / "full")])
-    assert status == 0 and files(tmp_path / "full") == whole
+@pytest.mark.slow
+def test_a_kill_at_any_point(convert, tmp_path, source):
+    """At every journal line (torn), the rename, removals, random steps, and inside orbax."""
+    full = tmp_path / "full"
+    ((calls, status),) = run_killed([None, None, arguments(source, full, recipe="float")])
+    assert status == 0
+    whole = files(full)
     assert calls.count("write") == 1 + len(PARTS) and calls.count("rename") == 1
-    named = [i for i, name in enumerate(calls) if name in ("write", "rename")]
-    after_rename = calls.index("rename") + 1
-    ends = random.Random(0).sample(range(after_rename, len(calls)), 2)
-    points = [*named, 1, *random.Random(1).sample(range(2, after_rename), 4), *ends]
-    points = [*points, after_rename, len(calls) - 1]
-    outs = [tmp_path / f"killed-{i}" for i in range(len(points))]
-    runs = [[point, arguments(source, out)] for point, out in zip(points, outs, strict=True)]
-    for (made, status), point in zip(run_killed(*runs), points, strict=True):
-        assert status == -9 and made == calls[:point]
-    for point, out in zip(points, outs, strict=True):
-        if point < after_rename:
-            assert not out.exists()
-        code, _, errors = convert(source, "--resume", out=out.name)
+    renamed = calls.index("rename") + 1
+    points = [i for i, name in enumerate(calls) if name in ("write", "rename")]
+    points += [1, *random.Random(0).sample(range(2, renamed), 4)]
+    points += [renamed, *random.Random(1).sample(range(renamed + 1, len(calls)), 1), len(calls) - 1]
+    deaths = [(point, None) for point in points]
+    *_, first, last = (i for i, name in enumerate(calls[:renamed]) if name == "mkdir")
+    deaths += [(first, 0.002), (last, 0.01)]
+    outs = [tmp_path / f"killed-{i}" for i in range(len(deaths))]
+    runs = [
+        [*death, arguments(source, out, recipe="float")]
+        for death, out in zip(deaths, outs, strict=True)
+    ]
+    for (made, status), (point, delay) in zip(run_killed(*runs), deaths, strict=True):
+        assert made[:point] == calls[:point]
+        assert status == (-signal.SIGALRM if delay else -signal.SIGKILL)
+        assert delay or len(made) == point
+    for (point, _), out in zip(deaths, outs, strict=True):
+        assert out.exists() == (point >= renamed)
+        code, _, errors = convert(source, "--resume", recipe="float", out=out.name)
         assert (code, errors) == (0, []), (point, calls[point])
         assert files(out) == whole, (point, calls[point])
     assert not [path.name for path in tmp_path.iterdir() if ".partial" in path.name]
 
 
-def test_a_kill_while_an_earlier_checkpoint_is_replaced(convert, tmp_path, source, whole):
+def test_a_part_counts_only_when_it_is_on_the_disk(convert, source, monkeypatch):
+    """The order of fsync and journal; what a power cut would leave cannot be tried here."""
+    append, fsync = checkpoint_journal.Journal.append, os.fsync
+    synced, checked = set(), []
+
+    def note(handle):
+        fsync(handle)
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+
+    def check(self, entry):
+        folder = Path(self._file.name).parent / "checkpoint" / "params"
+        new = {folder}
+        if "part" in entry:
+            part = folder / entry["part"].replace("/", ".")
+            new |= {part, *part.rglob("*")}
+        assert new <= synced
+        checked.append(len(new))
+        synced.clear()
+        append(self, entry)
+        assert synced == {Path(self._file.name)}
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(checkpoint_journal.Journal, "append", check)
+    assert convert(source)[0] == 0
+    assert len(checked) == 1 + len(PARTS) and min(checked[1:]) > 20
+    assert any(path.name == "manifest.json" for path in synced)
+    assert source.parent in synced  # the rename
+
+
+def test_a_kill_while_an_earlier_checkpoint_is_replaced(convert, tmp_path, source):
     """It is whole in one of two places, and a resumed conversion ends with the new one."""
-    assert convert(source, recipe="float", out="old")[0] == 0
+    assert convert(source, "--dtype", "f32", recipe="float", out="old")[0] == 0
     old = files(tmp_path / "old")
     outs = [tmp_path / name for name in ("full", *"abc")]
     for out in outs:
         shutil.copytree(tmp_path / "old", out)
-    ((calls, status),) = run_killed([None, arguments(source, outs[0], "--overwrite")])
-    assert status == 0 and files(outs[0]) == whole and calls.count("rename") == 2
+    given = [arguments(source, out, "--overwrite", recipe="float") for out in outs]
+    ((calls, status),) = run_killed([None, None, given[0]])
+    whole = files(outs[0])
+    assert status == 0 and whole != old and calls.count("rename") == 2
     first = calls.index("rename")
-    runs = [[first + i, arguments(source, out, "--overwrite")] for i, out in enumerate(outs[1:])]
-    assert [status for _, status in run_killed(*runs)] == [-9, -9, -9]
+    killed = run_killed(*([first + i, None, args] for i, args in enumerate(given[1:])))
+    assert [status for _, status in killed] == [-signal.SIGKILL] * 3
     assert files(outs[1]) == old
     assert not outs[2].exists() and files(tmp_path / ".b.partial" / "replaced") == old
-    code, _, (error,) = convert(source, "--overwrite", out="b")
+    code, _, (error,) = convert(source, "--overwrite", recipe="float", out="b")
     assert code == 2 and "it holds the only copy of the earlier b, in " in error
     assert files(outs[3]) == whole
     for out in outs[1:]:
-        assert convert(source, "--overwrite", "--resume", out=out.name)[0] == 0
+        options = ("--overwrite", "--resume")
+        assert convert(source, *options, recipe="float", out=out.name)[0] == 0
         assert files(out) == whole
     assert not [path.name for path in tmp_path.iterdir() if ".partial" in path.name]
 
@@ -297,11 +340,11 @@ def test_files_do_not_depend_on_threads_or_shards(convert, tmp_path, source, who
     assert found == {path: raw for path, raw in whole.items() if path.name != "manifest.json"}
 
 
-def test_the_shipped_model_interrupted(convert, tmp_path, monkeypatch):
+def test_the_shipped_model_interrupted(convert, tmp_path):
     source = ROOT / "checkpoints" / "nouns-flux"
     assert convert(source, recipe="flux-1.58bit", out="whole")[0] == 0
     ((_, status),) = run_killed(
-        [250, [str(source), "--recipe", "flux-1.58bit", "--out", str(tmp_path / "out")]]
+        [250, None, arguments(source, tmp_path / "out", recipe="flux-1.58bit")]
     )
     assert status == -9
     code, out, _ = convert(source, "--resume", recipe="flux-1.58bit")

@@ -2,9 +2,11 @@
 
     python -m tests.references.interrupted JSON
 
-JSON: {"runs": [[step, arguments], ...]}. Each run is a forked process. At its step-th call of
-`STEPS` it dies in place of the call; where that writes, half of the bytes are written first. With
-step null it runs to its end. Prints, a line each, the list of calls a run made and how it ended.
+JSON: {"runs": [[step, delay, arguments], ...]}. Each run is a forked process. At its step-th call
+of `STEPS` it dies in place of the call; where that writes, half of the bytes are written first.
+With a delay (seconds) it makes the call and dies so much later, wherever it is then (SIGALRM, which
+nobody handles). With step null it runs to its end. Prints, a line each, the list of calls a run
+made and how it ended.
 """
 
 import json
@@ -15,7 +17,7 @@ import sys
 STEPS = ("fsync", "write", "mkdir", "rename", "unlink", "rmdir")
 
 
-def install(step, report):
+def install(step, delay, report):
     """Count the calls of `STEPS` from the next one on and die at one; report every name."""
     count = 0
     write = os.write
@@ -25,7 +27,9 @@ def install(step, report):
             nonlocal count
             if name == "write" and args[0] == report:
                 return function(*args, **kwargs)
-            if count == step:
+            if count == step and delay:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+            elif count == step:
                 if name == "write":
                     function(args[0], args[1][: len(args[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -39,7 +43,7 @@ def install(step, report):
         setattr(os, name, wrap(name, getattr(os, name)))
 
 
-def run(step, arguments):
+def run(step, delay, arguments):
     """(names of the calls, exit status) of one conversion in a process of its own."""
     read, report = os.pipe()
     pid = os.fork()
@@ -47,7 +51,7 @@ def run(step, arguments):
         os.close(read)
         from convert import __main__ as program
 
-        install(step, report)
+        install(step, delay, report)
         sys.stdout = open(os.devnull, "w")
         status = program.main(arguments)
         os._exit(status)  # as at the end of a program, but without what orbax does at exit
@@ -60,5 +64,5 @@ def run(step, arguments):
 if __name__ == "__main__":
     import convert.__main__  # noqa: F401  imported once, before the forks
 
-    for step, arguments in json.loads(sys.argv[1])["runs"]:
-        print(json.dumps(run(step, arguments)), flush=True)
+    for each in json.loads(sys.argv[1])["runs"]:
+        print(json.dumps(run(*each)), flush=True)

@@ -122,10 +122,10 @@ class Writer:
     def __exit__(self, kind: Any = None, error: BaseException | None = None, *_: object) -> None:
         if self._ours:
             # a ValueError will come again: the source or the recipe is at fault
-            keep = self.resumable and self.parts and not self.complete
-            if keep and error is not None and not isinstance(error, ValueError):
+            count = len(self._journaled()) if self.resumable and not self.complete else 0
+            if count and error is not None and not isinstance(error, ValueError):
                 error.add_note(
-                    f"{len(self.parts)} finished part(s) are kept in {self._partial}; "
+                    f"{count} finished part(s) are kept in {self._partial}; "
                     "--resume goes on from there"
                 )
             else:
@@ -191,8 +191,7 @@ class Writer:
             if not self._take_finished():
                 self._begin()
             return
-        begun, *lines = self._journal.entries
-        changed = difference(begun, self._manifest)
+        changed = difference(self._journal.entries[0], self._manifest)
         if changed is not None:
             raise OutputError(
                 f"{self.folder}: the interrupted conversion in {self._partial} was another one: "
@@ -200,7 +199,12 @@ class Writer:
             )
         self._ours = True
         if not self._take_finished():
-            self._take_parts({line["part"]: line for line in lines})
+            self._take_parts(self._journaled())
+
+    def _journaled(self) -> dict[str, dict[str, Any]]:
+        """The journal's last word about every part."""
+        lines = self._journal.entries[1:] if self._journal is not None else []
+        return {line["part"]: line for line in lines}
 
     def _begin(self) -> None:
         assert self._journal is not None
@@ -354,7 +358,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _remove_late(path: Path, partial: Path) -> None:
-    """What orbax made after all, and the folders around it if nothing else is in them."""
+    """At exit: what orbax made after the partial folder was removed.
+
+    Where there is a journal the folder was kept, and may be somebody else's by now.
+    """
+    if (partial / checkpoint_journal.NAME).exists():
+        return
     remove(path)
     for parent in path.parents:
         with contextlib.suppress(OSError):

@@ -277,6 +277,35 @@ def test_a_part_that_is_not_whole_is_made_again(
     assert files(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(5, "Input/output error")])
+def test_an_interruption_while_parts_are_checked_loses_none(
+    convert, snapshot, tmp_path, source, interrupted, whole, monkeypatch, error
+):
+    def fail(folder):
+        raise error
+
+    before = snapshot()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "tree_digest", fail)
+        code, _, (said,) = convert(source, "--resume")
+    assert code in (2, 130) and f"2 finished part(s) are kept in {interrupted}; --resume" in said
+    assert snapshot() == before
+    assert convert(source, "--resume")[0] == 0
+    assert files(tmp_path / "out") == whole
+
+
+def test_what_is_removed_at_exit_is_never_a_kept_part(interrupted):
+    """The hook for what orbax goes on writing after a failure runs when a notebook ends, say."""
+    part = interrupted / "checkpoint" / "params" / "outer"
+    checkpoint_writer._remove_late(part, interrupted)
+    assert part.exists()
+    (interrupted / "journal").unlink()
+    checkpoint_writer._remove_late(part, interrupted)
+    assert not part.exists() and interrupted.exists()  # another part is in it
+    checkpoint_writer._remove_late(part.with_name("single_blocks.0"), interrupted)
+    assert not interrupted.exists()
+
+
 @pytest.mark.parametrize("cut", [1, 40, 300, 10**9], ids=str)
 def test_a_torn_journal_counts_up_to_where_it_is_whole(
     convert, tmp_path, source, interrupted, whole, cut

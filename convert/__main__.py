@@ -131,7 +131,7 @@ def _convert(job: Job, arguments: Arguments, console: Console) -> None:
             def step(name: str, nbytes: int) -> None:
                 bars.update(task, advance=nbytes, description=name)
 
-            run(job, writer.write, step, writer.parts)
+            run(job, writer.write, step, frozenset(writer.parts))
         writer.finish()
     seconds = time.perf_counter() - start
     kept = [name for names in writer.nonfinite.values() for name in names]

@@ -1,7 +1,7 @@
 """The journal of a checkpoint in the making: a locked file of lines that survive a crash.
 
-Every line is the SHA-256 of a JSON document and the document. A line counts when it is whole; what
-follows the first that is not was being written when the process or the machine stopped.
+Every line is the SHA-256 of a JSON document and the document. A line counts when the two agree; one
+without its end was being written when the process or the machine stopped, and is cut off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Journal:
         folder: an existing folder.
 
     Attributes:
-        entries: the documents of all whole lines.
+        entries: the documents of all lines that count.
 
     Raises:
         OutputError: another process, or another `Journal` of this one, has it open.
@@ -100,15 +100,13 @@ def _short(value: Any) -> str:
 
 
 def _whole_lines(raw: bytes) -> tuple[list[Any], int]:
-    """(documents, bytes) of the lines up to the first that is torn."""
-    entries, end = [], 0
-    for line in raw.splitlines(keepends=True):
+    """(documents of the lines that are what their digest says, bytes up to the last line's end)."""
+    end = raw.rfind(b"\n") + 1
+    entries = []
+    for line in raw[:end].split(b"\n"):
         digest, _, document = line.partition(b" ")
-        document = document.removesuffix(b"\n")
-        if not line.endswith(b"\n") or hashlib.sha256(document).hexdigest().encode() != digest:
-            break
-        entries.append(json.loads(document))
-        end += len(line)
+        if hashlib.sha256(document).hexdigest().encode() == digest:
+            entries.append(json.loads(document))
     return entries, end
 
 

@@ -186,12 +186,19 @@ class Writer:
                 parent.mkdir(exist_ok=True)
             self._partial.mkdir()  # fails if another process was faster
         self._journal = Journal(self._partial)
-        if not self._journal.entries:
+        entries = self._journal.entries
+        params = self._data / "params"
+        if "part" in entries[0] if entries else params.exists() and any(params.iterdir()):
+            raise OutputError(
+                f"{self.folder}: what was being made in {self._partial} is not known, as the first "
+                "line of its journal is damaged; remove that folder to begin anew"
+            )
+        if not entries:
             self._ours = True
             if not self._take_finished():
                 self._begin()
             return
-        changed = difference(self._journal.entries[0], self._manifest)
+        changed = difference(entries[0], self._manifest)
         if changed is not None:
             raise OutputError(
                 f"{self.folder}: the interrupted conversion in {self._partial} was another one: "

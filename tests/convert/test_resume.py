@@ -84,7 +84,7 @@ def test_a_kill_at_any_point(convert, tmp_path, source):
     points += [renamed, *random.Random(1).sample(range(renamed + 1, len(calls)), 1), len(calls) - 1]
     deaths = [(point, None) for point in points]
     *_, first, last = (i for i, name in enumerate(calls[:renamed]) if name == "mkdir")
-    deaths += [(first, 0.002), (last, 0.01)]
+    deaths += [(first, 0.002), (last, 0.004)]
     outs = [tmp_path / f"killed-{i}" for i in range(len(deaths))]
     runs = [
         [*death, arguments(source, out, recipe="float")]
@@ -102,6 +102,7 @@ def test_a_kill_at_any_point(convert, tmp_path, source):
     assert not [path.name for path in tmp_path.iterdir() if ".partial" in path.name]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="asks Linux for a file's name")
 def test_a_part_counts_only_when_it_is_on_the_disk(convert, source, monkeypatch):
     """The order of fsync and journal; what a power cut would leave cannot be tried here."""
     append, fsync = checkpoint_journal.Journal.append, os.fsync
@@ -306,25 +307,38 @@ def test_what_is_removed_at_exit_is_never_a_kept_part(interrupted):
     assert not interrupted.exists()
 
 
-@pytest.mark.parametrize("cut", [1, 40, 300, 10**9], ids=str)
-def test_a_torn_journal_counts_up_to_where_it_is_whole(
+@pytest.mark.parametrize("cut", [1, 40, 300])
+def test_a_torn_line_of_the_journal_does_not_count(
     convert, tmp_path, source, interrupted, whole, cut
 ):
     raw = (interrupted / "journal").read_bytes()
     assert raw.count(b"\n") == 3
-    (interrupted / "journal").write_bytes(raw[: max(len(raw) - cut, 0)])
+    (interrupted / "journal").write_bytes(raw[:-cut])
     code, out, _ = convert(source, "--resume")
-    assert code == 0
-    assert ("1 of 3 parts are there" if cut < 1000 else "nothing is there") in out
+    assert code == 0 and "1 of 3 parts are there" in out
     assert files(tmp_path / "out") == whole
 
 
-def test_a_flipped_bit_in_the_journal_is_no_manifest(convert, tmp_path, source, interrupted, whole):
-    raw = bytearray((interrupted / "journal").read_bytes())
-    raw[-100] ^= 1
-    (interrupted / "journal").write_bytes(raw)
-    assert convert(source, "--resume")[0] == 0
+@pytest.mark.parametrize("line", [1, 2])
+def test_a_flipped_bit_in_the_journal_costs_a_part(
+    convert, tmp_path, source, interrupted, whole, line
+):
+    lines = (interrupted / "journal").read_bytes().split(b"\n")
+    lines[line] = lines[line].replace(b"sha256", b"sha257", 1)
+    (interrupted / "journal").write_bytes(b"\n".join(lines))
+    code, out, _ = convert(source, "--resume")
+    assert code == 0 and "1 of 3 parts are there" in out
     assert files(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("change", [lambda raw: b"", lambda raw: b"z" + raw[1:]])
+def test_a_journal_that_does_not_say_what_is_made_is_refused(refused, source, interrupted, change):
+    path = interrupted / "journal"
+    path.write_bytes(change(path.read_bytes()))
+    assert path.read_bytes()[:1] in (b"", b"z")
+    assert "the first line of its journal is damaged; remove that folder" in refused(
+        source, "--resume"
+    )
 
 
 def test_what_is_wrong_with_the_source_keeps_nothing(convert, tmp_path, make_source):

@@ -394,12 +394,3 @@ def test_the_shipped_model_interrupted(convert, tmp_path):
     assert code == 0 and re.search(r"resume: [1-6] of 7 parts are there", out)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
     assert load(tmp_path / "out").model == "flux"
-
-
-def test_a_difference_is_named():
-    difference = checkpoint_journal.difference
-    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
-    assert difference({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == "a.1.b was 2, is now 3"
-    assert difference({"a": [1]}, {"a": [1, 2]}) == "a was [1], is now [1, 2]"
-    assert difference({"a": 1}, {"b": 1}) == "a was 1, is now None"
-    assert difference({"a": "x" * 200}, {"a": 1}).count("x") == 79

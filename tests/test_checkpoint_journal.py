@@ -1,4 +1,4 @@
-"""The journal's own promises; that a conversion is gone on with is tests/convert/test_resume.py's."""
+"""What the journal promises by itself; tests/convert/test_resume.py goes on with conversions."""
 
 import errno
 import os

@@ -46,6 +46,8 @@ class Arguments:
     """Check the checkpoint's names and shapes and show the plan; read no weights."""
     overwrite: bool = False
     """Replace an output folder that holds an earlier conversion."""
+    resume: bool = False
+    """Go on with a conversion that was interrupted; give the same source, recipe and options."""
     archive: bool = False
     """Store ternary codes five to the byte (1.6 bits); they are unpacked to 2 bits on load."""
 
@@ -56,10 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         convert_and_quantize(arguments, Console(markup=False))
     except (ValueError, OSError) as error:
-        print(f"convert_and_quantize: {error}", file=sys.stderr)
+        print(f"convert_and_quantize: {'; '.join([str(error), *_notes(error)])}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("convert_and_quantize: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        left = "; ".join(_notes(error) or ["nothing was written"])
+        print(f"convert_and_quantize: interrupted; {left}", file=sys.stderr)
         return 130
     return 0
 
@@ -72,11 +75,13 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     """
     if arguments.out is None and not arguments.dry_run:
         raise ValueError("give --out DIR, or --dry-run for the plan alone")
+    if arguments.resume and arguments.dry_run:
+        raise ValueError("--resume goes on with a conversion and --dry-run makes none; give one")
     recipe = load_recipe(arguments.recipe)
     if arguments.keep is not None:
         recipe = recipe.keeping(arguments.keep)
     if arguments.out is not None:
-        check_output(arguments.out, arguments.overwrite)
+        check_output(arguments.out, arguments.overwrite, arguments.resume)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
         job = plan(checkpoint, recipe, model=arguments.model, dtype=DTYPES[arguments.dtype])
         sizes = job.sizes(arguments.archive)
@@ -105,29 +110,71 @@ def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
 def _convert(job: Job, arguments: Arguments, console: Console) -> None:
     assert arguments.out is not None
     folder = Path(os.path.realpath(arguments.out))  # "." is another folder once it is replaced
+    with _progress(console) as bars:
+        digests = _digest(job.checkpoint, bars)
     start = time.perf_counter()
-    with Writer(arguments.out, overwrite=arguments.overwrite, archive=arguments.archive) as writer:
+    with Writer(
+        arguments.out,
+        manifest(job, digests),
+        overwrite=arguments.overwrite,
+        archive=arguments.archive,
+        resumable=True,
+        resume=arguments.resume,
+    ) as writer:
+        there = job.source_bytes(writer.parts)
+        finished = writer.complete
+        if arguments.resume:
+            show_rest(job, writer, console)
         with _progress(console) as bars:
-            task = bars.add_task("convert", total=job.checkpoint.total_bytes)
-            kept = run(
-                job, writer.write, lambda name, n: bars.update(task, advance=n, description=name)
-            )
-        seconds = time.perf_counter() - start
-        with _progress(console) as bars:
-            digests = _digest(job.checkpoint, bars)
-        writer.finish(manifest(job, digests))
+            task = bars.add_task("convert", total=job.checkpoint.total_bytes, completed=there)
+
+            def step(name: str, nbytes: int) -> None:
+                bars.update(task, advance=nbytes, description=name)
+
+            run(job, writer.write, step, frozenset(writer.parts))
+        writer.finish()
+    seconds = time.perf_counter() - start
+    kept = [name for names in writer.nonfinite.values() for name in names]
     if kept:
-        names = ", ".join(kept[:8]) + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
-        console.print(f"NaN or inf kept, in floating point: {names}", soft_wrap=True)
+        console.print(f"NaN or inf kept, in floating point: {_listed(kept)}", soft_wrap=True)
     after = size_report(abstract_parts({"parts": writer.parts})).after
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     source = job.checkpoint.total_bytes
+    speed = f"; {seconds:.1f} s, {(source - there) / seconds / 1e6:,.0f} MB/s"
     console.print(
         f"{arguments.out}: {source / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB in memory "
-        f"({source / after:.2f}x), {written / 1e6:,.1f} MB on disk ({source / written:.2f}x); "
-        f"{seconds:.1f} s, {source / seconds / 1e6:,.0f} MB/s",
+        f"({source / after:.2f}x), {written / 1e6:,.1f} MB on disk ({source / written:.2f}x)"
+        f"{'' if finished else speed}",
         soft_wrap=True,
     )
+
+
+def show_rest(job: Job, writer: Writer, console: Console) -> None:
+    """What an interrupted conversion left, and what remains to be done."""
+    names = list(dict.fromkeys(leaf.part for leaf in job.leaves))
+    rest = [name for name in names if name not in writer.parts]
+    there = job.source_bytes(writer.parts)
+    if writer.complete:
+        text = "the checkpoint had been finished"
+    elif not writer.parts and not writer.discarded:
+        text = "nothing is there; beginning"
+    else:
+        text = (
+            f"{len(writer.parts)} of {len(names)} parts are there, equal to their digests "
+            f"({there / 1e6:,.1f} of {job.checkpoint.total_bytes / 1e6:,.1f} MB of the source); "
+            f"to be made: {_listed(rest) or 'none'}"
+        )
+    console.print(f"resume: {text}", soft_wrap=True)
+    for name, problem in writer.discarded.items():
+        console.print(f"resume: {name} {problem}; removed", soft_wrap=True)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
 
 
 def _digest(checkpoint: Checkpoint, bars: Progress) -> dict[str, str]:

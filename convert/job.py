@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -85,6 +85,11 @@ class Job:
         # a leaf twice: the pages read, and the matrix fused from them
         return int(BASE_BYTES + 2 * leaf + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
 
+    def source_bytes(self, parts: Collection[str]) -> int:
+        """Bytes that are read to make these parts."""
+        leaves = (leaf for leaf in self.leaves if leaf.part in parts)
+        return sum(_source_bytes(self.checkpoint, leaf.source_shapes()) for leaf in leaves)
+
     def rule(self, leaf: Leaf) -> Rule | None:
         """How a leaf is quantised; None when it stays in floating point."""
         return self.rules[_layer_path(leaf)] if leaf.is_kernel else None
@@ -125,17 +130,20 @@ def plan(
 
 def run(
     job: Job,
-    write: Callable[[str, Part], object],
+    write: Callable[[str, Part, list[str]], object],
     progress: Callable[[str, int], object] = lambda name, nbytes: None,
+    done: Collection[str] = (),
 ) -> list[str]:
-    """Stream the checkpoint into `write(part name, part)`, one part at a time.
+    """Stream the checkpoint into `write(part name, part, bad)`, one part at a time.
 
     Args:
         job: see `plan`.
-        write: takes finished parts: `checkpoint.Writer.write`, or something that collects them;
-            called in order, in another thread, while the next part is converted.
+        write: takes finished parts, and the names of those parameters in them that hold NaN or inf:
+            `checkpoint.Writer.write`, or something that collects them; called in order, in another
+            thread, while the next part is converted.
         progress: called with the parameter's path (or the name of a tensor that was only compared)
             and the source bytes just done; what it raises ends the conversion.
+        done: parts that are there already: they are neither read nor written.
 
     Returns:
         Parameters with NaN or inf that the recipe keeps; such kernels stay in floating point.
@@ -155,17 +163,21 @@ def run(
     with ThreadPoolExecutor(1) as background:
         written: Future[object] = background.submit(lambda: None)
         for part, leaves in groupby(job.leaves, key=lambda leaf: leaf.part):
-            done: Part = {}
+            if part in done:
+                continue
+            made: Part = {}
+            bad_here: list[str] = []
             for leaf in leaves:
-                done[leaf.path], finite = _convert(job, leaf, keep)
+                made[leaf.path], finite = _convert(job, leaf, keep)
                 name = f"{part}/{leaf.path}"
                 if not finite:
-                    bad.append(name)
+                    bad_here.append(name)
                 progress(name, _source_bytes(job.checkpoint, leaf.source_shapes()))
                 release_leaf(job.checkpoint, leaf)
+            bad += bad_here
             written.result()  # one part is written at a time, while the next is converted
             if keep or not bad:
-                written = background.submit(write, part, done)
+                written = background.submit(write, part, made, bad_here)
         written.result()
     if bad and not keep:
         raise NonFiniteError(nonfinite_message(bad, job.recipe))

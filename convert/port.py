@@ -43,7 +43,7 @@ def port(
     parts: list[tuple[str, Part]] = []
     with open_checkpoint(path, weights) as checkpoint:
         job = plan(checkpoint, recipe, model=model, dtype=dtype)
-        run(job, lambda name, part: parts.append((name, part)))
+        run(job, lambda name, part, bad: parts.append((name, part)))
     return SavedModel(
         params=assemble(parts),
         model=job.model,

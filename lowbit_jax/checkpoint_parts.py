@@ -31,6 +31,12 @@ def iter_parts(params: Mapping[str, Any]) -> Iterator[tuple[str, Part]]:
                 yield f"{key}/{first + index}", {p: _layer(v, index) for p, v in flat.items()}
 
 
+def part_order(name: str) -> tuple[bool, str, int]:
+    """Sorts part names: `OUTER`, then stack by stack, layer by layer."""
+    stack, _, layer = name.rpartition("/")
+    return name != OUTER, stack, int(layer) if stack else 0
+
+
 def leaf_at(params: Mapping[str, Any], part: str, path: str) -> Any:
     """`dict(iter_parts(params))[part][path]` without cutting up the rest; KeyError if absent."""
     stack, _, layer = part.partition("/")

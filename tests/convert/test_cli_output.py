@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 from convert import __main__ as program
-from lowbit_jax import checkpoint as saving
+from lowbit_jax import checkpoint_store, checkpoint_writer
 from lowbit_jax.checkpoint import load
 from tests.references.flux_files import TINY
 
@@ -109,17 +108,24 @@ def test_a_parent_that_nobody_can_write(convert, source, tmp_path):
 
 def test_a_disk_with_too_little_space(refused, source, monkeypatch):
     usage = type("Usage", (), {"total": 10**9, "used": 0, "free": 5000})
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoint_store.shutil, "disk_usage", lambda path: usage)
     said = refused(source)
     assert re.search("out: the disk is full: 0.0 MB free, the next layer takes 0.1 MB", said)
 
 
-def test_a_disk_that_is_full_at_the_manifest(refused, source, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+def test_a_disk_that_is_full_at_the_manifest(convert, source, monkeypatch):
+    sync = checkpoint_writer.sync
 
-    monkeypatch.setattr(saving.json, "dump", full)
-    assert "out: cannot be written: the disk is full" in refused(source)
+    def full(path):
+        if (path / "manifest.json").exists():
+            raise OSError(28, "No space left on device")
+        sync(path)
+
+    monkeypatch.setattr(checkpoint_writer, "sync", full)
+    code, _, (error,) = convert(source)
+    assert code == 2 and "out: the disk is full: " in error and "3 finished part(s)" in error
+    monkeypatch.undo()
+    assert convert(source, "--resume")[0] == 0
 
 
 @contextmanager
@@ -138,14 +144,22 @@ def small_disk(folder, **limits):
 @pytest.mark.parametrize(
     "limits", [{"size": "300k"}, {"size": "1m", "nr_inodes": 12}], ids=["bytes", "files"]
 )
-def test_a_disk_that_fills_up(tmp_path, source, limits):
+def test_a_disk_that_fills_up(convert, tmp_path, source, limits):
     """For real, in a process of its own: orbax leaves threads that go on writing."""
     with small_disk(tmp_path / "disk", **limits) as disk:
         process = start(source, disk / "out")
         _, error = process.communicate(timeout=300)
         assert process.returncode == 2
-        assert re.fullmatch(r"convert_and_quantize: .*/disk/out: .*the disk is full.*\n", error)
-        assert list(disk.iterdir()) == []
+        said = r"convert_and_quantize: .*/disk/out: the disk is full: [\d.]+ MB free, the next .*\n"
+        assert re.fullmatch(said, error)
+        left = [path.name for path in disk.iterdir()]
+        assert left == ([".out.partial"] if "--resume goes on from there" in error else [])
+        # finished parts are kept, and finish on a disk that has become larger
+        remount = f"remount,{'size=8m' if 'nr_inodes' not in limits else 'size=8m,nr_inodes=9999'}"
+        subprocess.run(["mount", "-o", remount, str(disk)], check=True)
+        assert convert(source, "--resume", out="disk/out")[0] == 0
+        assert [path.name for path in disk.iterdir()] == ["out"]
+        assert load(disk / "out").model == "flux"
 
 
 def test_a_limit_on_the_size_of_files(tmp_path, source):
@@ -157,9 +171,10 @@ def test_a_limit_on_the_size_of_files(tmp_path, source):
 
 
 def wait_for_parts(folder):
-    """Until a conversion in another process has written something, but not all."""
+    """Until a conversion in another process has finished a part, but not all."""
     for _ in range(3000):
-        if list(folder.glob(".out.partial-*/params/*")):
+        journal = folder / ".out.partial" / "journal"
+        if journal.exists() and journal.read_bytes().count(b"\n") > 1:
             return
         time.sleep(0.01)
     raise AssertionError("nothing was written")
@@ -172,35 +187,43 @@ def test_an_end_midway_leaves_nothing_under_the_name(tmp_path, make_source, kill
     wait_for_parts(tmp_path)
     process.send_signal(kill)
     _, error = process.communicate(timeout=300)
-    left = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
-    if kill == signal.SIGKILL:
-        assert left == [".out.partial", "source"]
-    else:
-        assert (process.returncode, left) == (130, ["source"])
-        assert error == "convert_and_quantize: interrupted; nothing was written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "source"]
+    if kill == signal.SIGINT:
+        assert process.returncode == 130
+        said = r"convert_and_quantize: interrupted; \d+ finished part\(s\) are kept in .*"
+        assert re.fullmatch(f"{said}/.out.partial; --resume goes on from there\n", error)
 
 
-def test_two_at_once_leave_one_whole_checkpoint(tmp_path, source, capsys):
-    barrier = threading.Barrier(2)
-    finish, codes = saving.Writer.finish, []
+def test_a_second_conversion_into_the_same_folder_is_refused(
+    convert, snapshot, tmp_path, source, capsys, monkeypatch
+):
+    finish, said = checkpoint_writer.Writer.finish, []
 
-    def together(self, manifest):
-        barrier.wait(timeout=120)
-        finish(self, manifest)
+    def meanwhile(self):
+        before = snapshot()
+        for options in ([], ["--resume"], ["--overwrite"]):
+            arguments = [str(source), "--recipe", "float", "--out", str(tmp_path / "out")]
+            assert program.main([*arguments, *options]) == 2
+            said.extend(capsys.readouterr().err.splitlines())
+        assert snapshot() == before
+        finish(self)
 
-    def run():
-        arguments = [str(source), "--recipe", "float", "--out", str(tmp_path / "out")]
-        codes.append(program.main(arguments))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving.Writer, "finish", together)
-        threads = [threading.Thread(target=run) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert sorted(codes) == [0, 2]
-    (error,) = capsys.readouterr().err.splitlines()
-    assert "exists already" in error or "another process has written it" in error
-    assert load(tmp_path / "out").recipe.name == "float"
+    monkeypatch.setattr(checkpoint_writer.Writer, "finish", meanwhile)
+    assert convert(source)[0] == 0
+    assert len(said) == 3
+    assert all("another conversion is writing" in line for line in said)
+    assert load(tmp_path / "out").recipe.name == "w8a8"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_an_output_that_appears_meanwhile_is_spared(convert, tmp_path, source, monkeypatch):
+    finish = checkpoint_writer.Writer.finish
+
+    def meanwhile(self):
+        (tmp_path / "out").mkdir()
+        finish(self)
+
+    monkeypatch.setattr(checkpoint_writer.Writer, "finish", meanwhile)
+    code, _, (error,) = convert(source)
+    assert code == 2 and "exists already" in error and "finished part(s) are kept" in error
+    assert list((tmp_path / "out").iterdir()) == []

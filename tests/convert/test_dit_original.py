@@ -134,10 +134,12 @@ def test_a_training_checkpoint_gives_its_moving_average(tmp_path):
     for legacy in (False, True):
         folder = save(tmp_path / f"{legacy}", saved, legacy=legacy)
         for weights, source in (("auto", ema), ("ema", ema), ("model", model)):
-            parts = {}
+            written = []
             with open_checkpoint(folder, weights) as checkpoint:
-                run(plan(checkpoint, RECIPES["float"], dtype=np.float32), parts.__setitem__)
+                job = plan(checkpoint, RECIPES["float"], dtype=np.float32)
+                run(job, lambda *part, into=written: into.append(part))
                 notes = checkpoint.notes
+            parts = {name: part for name, part, _ in written}
             stored = source.state_dict()["final_layer.linear.weight"].numpy()
             np.testing.assert_array_equal(parts["outer"]["final_layer/linear/kernel"], stored.T)
             other = "'ema'" if weights == "model" else "'model'"
@@ -290,7 +292,7 @@ def test_progress_counts_the_table_and_a_plan_reads_nothing(tmp_path, monkeypatc
             patch.setattr(Checkpoint, "read", lambda self, name: pytest.fail(f"{name} was read"))
             job = plan(checkpoint, RECIPES["float"])
         steps = []
-        run(job, lambda name, part: None, lambda *step: steps.append(step))
+        run(job, lambda name, part, bad: None, lambda *step: steps.append(step))
     assert sum(nbytes for _, nbytes in steps) == checkpoint.total_bytes
     assert dict(steps)["pos_embed"] == 16 * 80 * 4
 

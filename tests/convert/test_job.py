@@ -30,7 +30,7 @@ def convert(source, recipe, dtype=np.float32):
     parts = []
     with open_checkpoint(source) as checkpoint:
         job = plan(checkpoint, recipe, dtype=dtype)
-        kept = run(job, lambda name, part: parts.append((name, part)))
+        kept = run(job, lambda name, part, bad: parts.append((name, part)))
     return job, parts, kept
 
 
@@ -69,7 +69,7 @@ def test_parts_come_in_order_and_progress_adds_up(source):
     with open_checkpoint(source) as checkpoint:
         job = plan(checkpoint, RECIPES["float"])
         names = []
-        run(job, lambda name, part: names.append(name), lambda *step: steps.append(step))
+        run(job, lambda name, part, bad: names.append(name), lambda *step: steps.append(step))
     assert names == [OUTER, "double_blocks/0", "single_blocks/0", "single_blocks/1"]
     assert sum(nbytes for _, nbytes in steps) == checkpoint.total_bytes
     assert len({name for name, _ in steps}) == len(job.leaves) == len(steps)
@@ -81,7 +81,7 @@ def test_what_progress_raises_ends_the_conversion(source):
         raise KeyboardInterrupt
 
     with open_checkpoint(source) as checkpoint, pytest.raises(KeyboardInterrupt):
-        run(plan(checkpoint, W8), lambda name, part: pytest.fail("written"), stop)
+        run(plan(checkpoint, W8), lambda name, part, bad: pytest.fail("written"), stop)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -111,7 +111,7 @@ def test_all_bad_numbers_are_named_and_nothing_after_the_first_is_written(tmp_pa
     source = write_source(tmp_path, CONFIG, **poisoned(np.nan, *names))
     written = []
     with open_checkpoint(source) as checkpoint, pytest.raises(NonFiniteError) as caught:
-        run(plan(checkpoint, W8), lambda name, part: written.append(name))
+        run(plan(checkpoint, W8), lambda name, part, bad: written.append(name))
     assert (
         "NaN or inf in outer/final_layer/adaLN_modulation/bias, "
         "double_blocks/0/img_attn/qkv/kernel, "
@@ -226,10 +226,11 @@ def test_a_rule_that_decides_nothing_is_named(source):
 
 
 def saved(source, folder, recipe=W8, archive=False):
-    with open_checkpoint(source) as checkpoint, Writer(folder, archive=archive) as writer:
+    with open_checkpoint(source) as checkpoint:
         job = plan(checkpoint, recipe)
-        run(job, writer.write)
-        writer.finish(manifest(job, checkpoint.digests()))
+        with Writer(folder, manifest(job, checkpoint.digests()), archive=archive) as writer:
+            run(job, writer.write)
+            writer.finish()
     return json.loads((folder / "manifest.json").read_text())
 
 

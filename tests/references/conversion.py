@@ -38,7 +38,7 @@ def ported(path, recipe="float", dtype=jnp.float32, model="auto"):
     parts = []
     with open_checkpoint(path) as checkpoint:
         job = plan(checkpoint, RECIPES[recipe], dtype=dtype, model=model)
-        run(job, lambda name, part: parts.append((name, part)))
+        run(job, lambda name, part, bad: parts.append((name, part)))
     return job, assemble(parts)
 
 

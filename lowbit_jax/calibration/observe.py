@@ -89,7 +89,9 @@ def observe(
 
     def apply(*inputs: Any, **named: Any) -> Array:
         with nn.intercept_methods(interceptor):
-            out, state = model.apply({"params": params}, *inputs, mutable=["intermediates"], **named)
+            out, state = model.apply(
+                {"params": params}, *inputs, mutable=["intermediates"], **named
+            )
         found.clear()
         found.update(state["intermediates"])
         return out

@@ -24,8 +24,9 @@ from lowbit_jax.models.registry import read_config
 FORMAT, VERSION = "lowbit-jax statistics", "1"
 PARTS = tuple(field.name for field in dataclasses.fields(LayerStatistics))
 OPTIONAL = ("gram",)
-KEYS = ("format", "version", "lowbit-jax", "model", "config", "edges", "halves")
-KEYS += ("samples", "digest")
+KEYS = frozenset(
+    "format version lowbit-jax model config edges halves samples digest".split()  # all are needed
+)
 
 
 def save_statistics(
@@ -103,7 +104,7 @@ def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             f"format {metadata.get('format')!r} version {metadata.get('version')!r}, this reads "
             f"{FORMAT!r} version {VERSION!r}",
         )
-    if set(metadata) != set(KEYS):
+    if set(metadata) != KEYS:
         raise CheckpointError(path, f"metadata {sorted(metadata)}, not {sorted(KEYS)}")
     try:
         read_config(metadata["model"], json.loads(metadata["config"]))

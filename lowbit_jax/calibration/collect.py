@@ -80,7 +80,7 @@ class Run:
         if (self.guidance is None) != (self.scale is None):
             raise ValueError(f"guidance is {self.guidance} and scale {self.scale}: give both")
         times = np.asarray(self.steps.timestep)
-        found = np.asarray(self.ranges.index(times))
+        found = np.asarray(self.ranges.index(jnp.asarray(times)))
         if (found < 0).any():
             raise ValueError(
                 f"timesteps {times[found < 0].tolist()} lie outside the ranges, 0 to "
@@ -205,7 +205,7 @@ def _step(run: Run):
         def denoiser(x, timestep):
             return run.denoise(apply, x, timestep, conditions)
 
-        if run.guidance is not None:
+        if run.guidance is not None and run.scale is not None:
             denoiser = run.guidance.guide(denoiser, run.scale)
         z = None if key is None else jax.random.normal(key, state[0].shape)
         state = loop.advance(denoiser, state, now, z)

@@ -104,8 +104,8 @@ def sample(
     return loop.sample(velocity, noise, euler_steps(sigmas))
 
 
-def euler_steps(sigmas: Float32[Array, "steps+1"]) -> loop.Steps:
+def euler_steps(sigmas: Float32[Array, "steps+1"] | Float32[np.ndarray, "steps+1"]) -> loop.Steps:
     """The same as steps of `lowbit_jax.samplers.loop`."""
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    ones = jnp.ones(len(sigmas) - 1, jnp.float32)
-    return loop.Steps(timestep=sigmas[:-1], keep=ones, push=sigmas[1:] - sigmas[:-1])
+    levels = jnp.asarray(sigmas, jnp.float32)
+    ones = jnp.ones(len(levels) - 1, jnp.float32)
+    return loop.Steps(timestep=levels[:-1], keep=ones, push=levels[1:] - levels[:-1])

@@ -87,9 +87,7 @@ def test_a_guided_run_is_the_sum_over_its_steps(params):
             for path, (seen,) in inputs.items():
                 for half, part in enumerate(np.split(seen, 2)):
                     before = rows[path][half, r]
-                    rows[path][half, r] = (
-                        part if before is None else np.concatenate([before, part])
-                    )
+                    rows[path][half, r] = part if before is None else np.concatenate([before, part])
 
     for path, layer in found.layers.items():
         for at in np.ndindex(shape):

@@ -225,15 +225,20 @@ def _check_resumed(resume: Statistics, run: Run, params: Any) -> None:
 
 
 def _digest(run: Run, params: Any) -> str:
-    """Of the settings, and of every parameter its shape and first 64 numbers."""
+    """Of the settings, and of every parameter: its shape and 64 numbers of each layer or row."""
     model = run.model
     settings = (run.name, run.config, model.dtype, run.ranges, run.guidance, run.scale, run.grams)  # type: ignore[attr-defined]
-    leaves = jax.tree_util.tree_leaves_with_path(params)
     start = [
-        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), np.asarray(jnp.ravel(leaf)[:64]))
-        for path, leaf in leaves
+        (jax.tree_util.keystr(path), str(leaf.shape), np.asarray(leaf[_corner(leaf.ndim)]))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     return _hash(repr(settings), (run.steps, start))
+
+
+def _corner(ndim: int) -> tuple[Any, ...]:
+    """Indices of 64 numbers of each layer of a stack, or of each row of a matrix."""
+    first = slice(64)
+    return (first,) * ndim if ndim < 2 else (slice(None), *[0] * (ndim - 2), first)
 
 
 def _hash(before: str, tree: Any) -> str:

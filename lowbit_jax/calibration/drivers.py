@@ -17,6 +17,7 @@ from lowbit_jax.models.latte import LatteTransformer
 from lowbit_jax.models.pixart import PixArtTransformer
 from lowbit_jax.pipelines import captions
 from lowbit_jax.pipelines.pixart import size_conditions
+from lowbit_jax.pipelines.video import Shot, VideoTransformer, shot_conditions
 from lowbit_jax.samplers import flow_euler, loop
 from lowbit_jax.samplers.guidance import DIT_PUBLISHED, PIXART, Guidance
 
@@ -107,14 +108,41 @@ def pixart_run(
     )
 
 
-def pixart_sample(
+def video_run(
+    model: VideoTransformer,
+    steps: loop.Steps,
+    ranges: TimestepRanges = WHOLE,
+    *,
+    guidance: Guidance,
+    scale: float | None = 7.0,
+    shot: Shot | None = None,
+    grams: str | None = None,
+) -> Run:
+    """As `pipelines.video.sample_latents`; see there, and `Run`."""
+
+    def denoise(apply, x, t, caption):
+        return apply(x, t, *caption, **shot_conditions(model, len(caption[0]), shot))
+
+    return Run(
+        model=model,
+        denoise=denoise,
+        steps=steps,
+        ranges=ranges,
+        guidance=None if scale is None else guidance,
+        scale=scale,
+        grams=grams,
+    )
+
+
+def caption_sample(
     run: Run,
     params: Any,
-    noise: Float[Array, "1 c y x"],
+    noise: Float[Array, "1 c ..."],
     caption: captions.Caption,
     negative: captions.Caption | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> Sample:
-    """One picture of `pixart_run`; arguments as `pipelines.pixart.sample_latents` has them."""
+    """One picture of `pixart_run` or video of `video_run`; arguments as their pipelines have."""
     if run.guidance is not None:
         caption = captions.double(run.guidance, caption, negative, params)
-    return Sample(noise, jax.tree.map(jnp.asarray, caption))
+    return Sample(noise, jax.tree.map(jnp.asarray, caption), key)

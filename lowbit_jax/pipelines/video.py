@@ -16,6 +16,8 @@ from lowbit_jax.pipelines import captions
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import Guidance
 
+VideoTransformer = LatteT2VTransformer | STDiTTransformer | STDiT3Transformer
+
 
 class Shot(NamedTuple):
     """What STDiT3 is told of a video beside its caption.
@@ -33,7 +35,7 @@ class Shot(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "guidance"))
 def sample_latents(
-    model: LatteT2VTransformer | STDiTTransformer | STDiT3Transformer,
+    model: VideoTransformer,
     params: Any,
     noise: Float[Array, "b c f y x"],
     caption: captions.Caption,
@@ -71,17 +73,24 @@ def sample_latents(
         ValueError: a shot that is missing or that the network does not take; guidance without a
             negative caption; see also `lowbit_jax.samplers.loop.sample`.
     """
-    if (shot is not None) != isinstance(model, STDiT3Transformer):
-        raise ValueError(f"shot is {shot}: STDiT3 takes one, {type(model).__name__} was given")
+    conditions = shot_conditions(model, len(noise) * (1 if scale is None else 2), shot)
     if scale is not None:
         caption = captions.double(guidance, caption, negative, params)
-    numbers = {} if shot is None else shot._asdict()
-    conditions: dict[str, Any] = {
-        name: jnp.full(len(caption[0]), value) for name, value in numbers.items()
-    }
 
     def denoise(x, timestep):
         return model.apply({"params": params}, x, timestep, *caption, **conditions)
 
     denoiser = denoise if scale is None else guidance.guide(denoise, scale)
     return loop.sample(denoiser, noise, steps, key=key, step_noise=step_noise)
+
+
+def shot_conditions(model: VideoTransformer, batch: int, shot: Shot | None) -> dict[str, Any]:
+    """What a network is told of a video beside its caption, float32 of `batch` entries each.
+
+    Raises:
+        ValueError: a shot that is missing or that the network does not take.
+    """
+    if (shot is not None) != isinstance(model, STDiT3Transformer):
+        raise ValueError(f"shot is {shot}: STDiT3 takes one, {type(model).__name__} was given")
+    numbers = {} if shot is None else shot._asdict()
+    return {name: jnp.full(batch, value, jnp.float32) for name, value in numbers.items()}

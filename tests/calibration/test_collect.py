@@ -1,34 +1,40 @@
 """Whole runs: the sampler's own inputs, halves and ranges against NumPy; cut and resumed runs."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from lowbit_jax.calibration.collect import Run, collect
 from lowbit_jax.calibration.drivers import (
+    caption_sample,
     dit_run,
     dit_sample,
     flux_run,
     flux_sample,
     pixart_run,
-    pixart_sample,
+    video_run,
 )
 from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.calibration.statistics import StatisticsError
 from lowbit_jax.models.dit import DiTTransformer
 from lowbit_jax.models.flux import FluxTransformer
 from lowbit_jax.models.pixart import PixArtTransformer
+from lowbit_jax.models.stdit3 import STDiT3Transformer
 from lowbit_jax.pipelines import dit as dit_pipeline
+from lowbit_jax.pipelines.video import Shot
 from lowbit_jax.quant.stacks import layer_paths
 from lowbit_jax.samplers import ddim, ddpm
 from lowbit_jax.samplers.dpm_solver import PIXART_SCHEDULE
 from lowbit_jax.samplers.flow_euler import FlowSchedule, euler_steps
 from lowbit_jax.samplers.flow_euler import sample as flow_sample
-from lowbit_jax.samplers.guidance import PIXART
-from tests.references import dit_files, flux_files, pixart_files
+from lowbit_jax.samplers.guidance import OPENSORA_1_2, PIXART
+from lowbit_jax.samplers.rectified_flow import RectifiedFlowSchedule
+from tests.references import dit_files, flux_files, pixart_files, stdit3_files
 from tests.references.calibration import linear_inputs, random_params
 
 HALVES = TimestepRanges.from_pairs([(0, 500), (501, 1000)])
@@ -145,6 +151,10 @@ def test_resuming_something_else_is_refused(params):
     changed = jax.tree.map(lambda leaf: leaf * 1.5, params)
     with pytest.raises(StatisticsError, match="other parameters"):
         collect(run, changed, samples(run), resume=first)
+    one = jax.tree.map(np.array, params)  # the last layer of one stacked kernel
+    one["blocks"]["0"]["mlp"]["fc2"]["kernel"][1] += 1
+    with pytest.raises(StatisticsError, match="other parameters"):
+        collect(run, one, samples(run), resume=first)
     other = dataclasses.replace(run, scale=5.0)
     with pytest.raises(StatisticsError, match="settings"):
         collect(other, params, samples(run), resume=first)
@@ -222,7 +232,7 @@ def test_pixart_is_calibrated_as_its_pipeline_samples():
     weights = random_params(model, start, np.zeros(1, np.float32), texts[0], mask, *sizes)
     steps = jax.tree.map(lambda leaf: leaf[:1], PIXART_SCHEDULE.steps(20))
     run = pixart_run(model, steps)
-    one = pixart_sample(run, weights, start, (texts[0], mask), (texts[1], mask))
+    one = caption_sample(run, weights, start, (texts[0], mask), (texts[1], mask))
     found = collect(run, weights, [one])
     assert found.halves == ("unconditional", "conditional") and PIXART.order.startswith("uncond")
     for half, text in enumerate(texts[::-1]):
@@ -232,6 +242,41 @@ def test_pixart_is_calibrated_as_its_pipeline_samples():
             assert layer.count[half, 0] == len(rows), path
             error = np.abs(layer.second_moment[half, 0] - (rows**2).mean(0)).max()
             assert error < 1e-4 * (rows**2).mean(0).max(), path
+
+
+@pytest.mark.slow
+def test_a_video_is_calibrated_as_its_pipeline_samples():
+    """As above; times of STDiT3's rectified flow run to 1000 and need not be whole."""
+    model = STDiT3Transformer(stdit3_files.TINY)
+    start = noise(0, model.config.in_channels, (2, 4, 6))
+    rng = np.random.default_rng(1)
+    texts = rng.standard_normal((2, 1, 7, model.config.caption_channels), np.float32)
+    mask = np.int32([[1, 1, 1, 0, 0, 0, 0]])
+    shot = Shot(fps=24, height=32, width=48)
+    numbers = [np.float32([value]) for value in shot]
+    weights = random_params(model, start, np.zeros(1, np.float32), texts[0], mask, *numbers)
+    schedule = RectifiedFlowSchedule()
+    steps = schedule.steps(3, height=32, width=48, num_frames=1)
+    assert steps.timestep[0] == 1000 and steps.timestep[1] % 1 != 0
+    steps = jax.tree.map(lambda leaf: leaf[1:2], steps)
+    run = video_run(model, steps, guidance=OPENSORA_1_2, shot=shot)
+    one = caption_sample(run, weights, start, (texts[0], mask), (texts[1], mask))
+    found = collect(run, weights, [one])
+    for half, text in enumerate(texts):
+        inputs = (start, steps.timestep, text, mask, *numbers)
+        for path, (rows,) in linear_inputs(model, weights, *inputs).items():
+            layer = found.layers[path]
+            assert layer.count[half, 0] == len(rows), path
+            error = np.abs(layer.second_moment[half, 0] - (rows**2).mean(0)).max()
+            assert error < 1e-4 * (rows**2).mean(0).max(), path
+    with pytest.raises(ValueError, match="shot is None"):
+        collect(video_run(model, steps, guidance=OPENSORA_1_2), weights, [one])
+
+
+def test_a_bar_is_shown_where_there_is_a_console(params):
+    run, text = guided(), io.StringIO()
+    collect(run, params, samples(run), console=Console(file=text, force_terminal=True))
+    assert "calibrating" in text.getvalue()
 
 
 def test_flux_of_a_distilled_guidance():

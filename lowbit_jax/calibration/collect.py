@@ -1,10 +1,10 @@
 """Run a model through its sampler and collect statistics: no data but noise and conditions.
 
 Samples run one at a time, so that no batch size can enter the figures: a model's products differ in
-the last bit between batches. One jitted program serves every step of every sample; between two
-steps only the sampler's state stays on the device. It gives 12 bytes per channel of every linear
-and half (21 MB for FLUX.1-dev), and 4 k^2 for each linear whose X^T X is wanted; the host keeps 20
-bytes per channel, half and range. None of it grows with the number of samples or steps.
+the last bit between batches. One jitted program serves every step of every sample. A step gives 12
+bytes per channel of every linear and half (21 MB for FLUX.1-dev), and 4 k^2 for each linear whose
+X^T X is wanted; the host keeps 20 bytes per channel, half and range (8 k^2), twice while a copy is
+handed out. None of it grows with the number of samples or steps.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Run:
                 f"no timestep of {times.tolist()} falls into {', '.join(empty)}: take more steps "
                 "or wider ranges"
             )
-        _ = self.name
+        _ = self.name  # raises
 
     @property
     def name(self) -> str:

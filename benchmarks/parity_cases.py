@@ -241,7 +241,7 @@ CASES = (
         model="latte",
         layout="original",
         small=latte_files.TINY,
-        full=replace(LATTE_XL_2_UCF101, depth=2, num_frames=4, sample_size=16),
+        full=replace(LATTE_XL_2_UCF101, depth=2, num_frames=4, sample_size=8),
         cut="2 of 28",
         reference=latte.torch_latte,
         run=latte.run,

@@ -12,7 +12,6 @@ the layout it came from.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from convert import fields
@@ -155,10 +154,7 @@ def from_diffusers_config(config: dict[str, Any]) -> DiTConfig:
 def _from_original(checkpoint: Checkpoint) -> DiTConfig:
     """Sizes from shapes; `check` compares every shape with them afterwards."""
     width, channels, patch, _ = fields.shape(checkpoint, "x_embedder.proj.weight", 4)
-    tokens = fields.shape(checkpoint, POSITIONS, 3)[1]
-    grid = math.isqrt(tokens)
-    if grid * grid != tokens:
-        raise ValueError(f"tensor '{POSITIONS}' has {tokens} positions, which is no square")
+    grid = fields.square(checkpoint, POSITIONS)
     outputs = fields.shape(checkpoint, "final_layer.linear.weight")[0]
     return DiTConfig(
         sample_size=grid * patch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -56,6 +57,19 @@ def shape(checkpoint: Checkpoint, name: str, axes: int = 2) -> tuple[int, ...]:
     if len(found) != axes or 0 in found:
         raise ValueError(f"tensor '{name}' has shape {found}, not {axes} axes of sizes from 1")
     return found
+
+
+def square(checkpoint: Checkpoint, table: str, hint: str = "") -> int:
+    """Side of the square grid that a position table (1, t, k) is of.
+
+    Raises:
+        CheckpointError: no such tensor. ValueError: no square; ends with `hint`.
+    """
+    positions = shape(checkpoint, table, 3)[1]
+    side = math.isqrt(positions)
+    if side * side != positions:
+        raise ValueError(f"tensor '{table}' has {positions} positions, which is no square{hint}")
+    return side
 
 
 def depth(checkpoint: Checkpoint, stack: str = "blocks") -> int:

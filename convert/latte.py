@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from convert import fields
@@ -79,12 +78,11 @@ def read_config(checkpoint: Checkpoint, layout: Layout) -> LatteConfig:
 
 def _from_shapes(checkpoint: Checkpoint) -> LatteConfig:
     width, channels, patch, _ = fields.shape(checkpoint, "x_embedder.proj.weight", 4)
-    _, tokens, _ = fields.shape(checkpoint, "pos_embed", 3)
     _, frames, _ = fields.shape(checkpoint, "temp_embed", 3)
     outputs, _ = fields.shape(checkpoint, "final_layer.linear.weight")
     known = LABELS in checkpoint.names
     return LatteConfig(
-        sample_size=math.isqrt(tokens) * patch,
+        sample_size=fields.square(checkpoint, "pos_embed") * patch,
         patch_size=patch,
         in_channels=channels,
         hidden_size=width,

@@ -13,9 +13,10 @@ from convert.checkpoint_files import Checkpoint
 from convert.table import Constant, Layout, Row
 from lowbit_jax.models.patches import position_table
 from lowbit_jax.models.stdit import STDiTConfig
-from lowbit_jax.models.video import frame_positions
+from lowbit_jax.models.video import Size, frame_positions
 
 PUBLISHED_HEADS = {1152: 16}
+HINT = '"input_size": [frames, rows, columns]'
 
 
 def row(target: str, *sources: str, **options: Any) -> Row:
@@ -107,21 +108,25 @@ def shared_sizes(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _from_shapes(checkpoint: Checkpoint) -> STDiTConfig:
     sizes = shared_sizes(checkpoint)
-    pf, py, px = sizes["patch_size"]
-    _, patches, _ = fields.shape(checkpoint, "pos_embed", 3)
-    _, frames, _ = fields.shape(checkpoint, "pos_embed_temporal", 3)
-    side = math.isqrt(patches)
-    stated = (checkpoint.config or {}).get("input_size", [frames * pf, side * py, side * px])
-    if not (isinstance(stated, list) and len(stated) == 3 and all(type(n) is int for n in stated)):
-        raise ValueError(f"input_size is {stated}, not [frames, rows, columns]")
     width = sizes["hidden_size"]
     return STDiTConfig(
-        input_size=(stated[0], stated[1], stated[2]),
+        input_size=_input_size(checkpoint, sizes["patch_size"]),
         space_scale=_scale(checkpoint, "pos_embed", width // 2),
         time_scale=_scale(checkpoint, "pos_embed_temporal", width),
         depth=fields.depth(checkpoint),
         **sizes,
     )
+
+
+def _input_size(checkpoint: Checkpoint, patch: Size) -> Size:
+    stated = (checkpoint.config or {}).get("input_size")
+    if stated is None:
+        side = fields.square(checkpoint, "pos_embed", f"; put {HINT} into a config.json beside it")
+        frames = fields.shape(checkpoint, "pos_embed_temporal", 3)[1]
+        return frames * patch[0], side * patch[1], side * patch[2]
+    if not (isinstance(stated, list) and len(stated) == 3 and all(type(n) is int for n in stated)):
+        raise ValueError(f"input_size is {stated}, not [frames, rows, columns]")
+    return stated[0], stated[1], stated[2]
 
 
 def _scale(checkpoint: Checkpoint, name: str, width: int) -> float:

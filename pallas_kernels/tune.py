@@ -20,6 +20,7 @@ from pallas_kernels.audit.examine import Finding
 from pallas_kernels.audit.targets import TARGETS
 from pallas_kernels.audit.targets import target as find_target
 from pallas_kernels.audit.timing import times
+from pallas_kernels.audit.verdict import FLOOR_ROWS, FLOORED, FLOORS
 from pallas_kernels.audit.workers import attempt_all
 from pallas_kernels.packing import BLOCK
 from pallas_kernels.tile_table import ANY, TILES
@@ -96,10 +97,13 @@ def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candida
     Raises:
         ValueError: no candidate compiles cleanly.
     """
+    # in the op's heaviest form: zero points where it may have them, gate and residual
     clean = [candidate for candidate in found if candidate.clean]
     if not clean:
         raise ValueError(f"no tile of {op.table} compiles without spills and byte-wide loads")
     clean = [c for c in clean if c.found.warps_per_sm >= WARPS] or clean
+    if most >= FLOOR_ROWS:
+        clean = [c for c in clean if c.found.bound >= _floor(c)] or clean
 
     def mean(candidate: Candidate) -> float:
         logs = [math.log(candidate.seconds(op, *shape)) for shape in shapes(most, below)]
@@ -110,6 +114,12 @@ def choose(op: Matmul, found: list[Candidate], most: int, below: int) -> Candida
     return max(close, key=lambda candidate: candidate.room)
 
 
+def _floor(candidate: Candidate) -> float:
+    """What `audit.verdict` asks of the candidate's bound: only the A100's kernels have a floor."""
+    found = candidate.found
+    return FLOORS.get(found.family, 0.0) if found.target == FLOORED else 0.0
+
+
 def tune(op: Matmul, target: str, workers: int, near: str | None = None) -> Entries:
     """The op's tiles on one GPU, by rows; neighbouring ranges with one tile are one entry.
 
@@ -117,7 +127,8 @@ def tune(op: Matmul, target: str, workers: int, near: str | None = None) -> Entr
         op: what to tune.
         target: the GPU.
         workers: processes that compile.
-        near: a generation of the table whose tiles for the op are the only candidates; None: all.
+        near: a generation of the table whose tiles for the op are the only candidates, unless none
+            of them compiles cleanly; None: all.
 
     Raises:
         ToolError: a piece of the compiler is missing.
@@ -125,16 +136,12 @@ def tune(op: Matmul, target: str, workers: int, near: str | None = None) -> Entr
     """
     compiled: dict[bool, list[Candidate]] = {}
     for few_rows, shape in ((True, (1, 3072, 9216)), (False, (4608, 3072, 3072))):
-        tiles = list(candidates(op, few_rows))
-        if near is not None:
-            held = {tile for _, tile in TILES[near][op.table]}
-            tiles = [tile for tile in tiles if tile in held]
-        replies = attempt_all([(Case(op.table, *shape), target, tile) for tile in tiles], workers)
-        compiled[few_rows] = [
-            Candidate(tile, reply)
-            for tile, reply in zip(tiles, replies, strict=True)
-            if isinstance(reply, Finding)
-        ]
+        tiles, case = list(candidates(op, few_rows)), Case(op.table, *shape)
+        held = [tile for _, tile in TILES[near][op.table]] if near else tiles
+        found = _compile(case, target, [tile for tile in tiles if tile in held], workers)
+        if near and not any(candidate.clean for candidate in found):
+            found = _compile(case, target, tiles, workers)
+        compiled[few_rows] = found
     entries: Entries = []
     for below, most in zip((0, *RANGES), RANGES, strict=False):
         tile = choose(op, compiled[most <= FEW_ROWS], most, below).tile
@@ -142,6 +149,13 @@ def tune(op: Matmul, target: str, workers: int, near: str | None = None) -> Entr
             entries.pop()
         entries.append((most, tile))
     return entries
+
+
+def _compile(case: Case, target: str, tiles: list[Tile], workers: int) -> list[Candidate]:
+    """The tiles that kernel and compiler take."""
+    replies = attempt_all([(case, target, tile) for tile in tiles], workers)
+    pairs = zip(tiles, replies, strict=True)
+    return [Candidate(tile, reply) for tile, reply in pairs if isinstance(reply, Finding)]
 
 
 def write(table: dict[str, dict[str, Entries]], path: Path) -> None:

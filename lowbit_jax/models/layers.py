@@ -17,6 +17,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from lowbit_jax import ops
+from lowbit_jax.models.scan import scan_layers
 from lowbit_jax.ops import over_tokens
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
@@ -251,7 +252,7 @@ class BlockStack(nn.Module):
                 return out if sown else (out, None)
 
             scanned = jax.checkpoint(step) if self.remat else step
-            carry, found = jax.lax.scan(scanned, carry, segments[first])
+            carry, found = scan_layers(scanned, carry, segments[first])
             if found:
                 self.put_variable("intermediates", first, found["intermediates"])
         return carry

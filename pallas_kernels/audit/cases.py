@@ -176,6 +176,12 @@ OPS: dict[str, Matmul | Rows] = {
 }
 
 
+_FAMILIES = {
+    ("int8", True): "int8",
+    ("int4", True): "int4",
+    ("ternary", True): "ternary_a8",
+    ("ternary", False): "ternary_a16",
+}
 # An op for every entry of `tile_table`, for `tune`, in its heaviest form: what fits that fits the
 # others. Groups of 128 stand for all groups.
 TUNED = {
@@ -185,7 +191,7 @@ TUNED = {
     for group in (None, 128)
     for op in [
         Matmul(
-            family="",
+            family=_FAMILIES.get((format, integer), ""),
             format=format,
             integer=integer,
             group=group,

@@ -157,13 +157,14 @@ def resources(notes: str) -> dict[str, tuple[int, int]]:
 def compile_program(fn: Callable, specs, target: Target) -> jax.stages.Compiled:
     """Compiles fn(*specs) as it is, with Pallas kernels in it or without, for one GPU.
 
-    Nothing is tuned without a device: tiles and algorithms of XLA's own products are defaults.
-    The arguments and errors are those of `compile_kernels`.
+    Nothing is tuned without a device, so XLA's own products are all cuBLAS's: its Triton form has
+    no default tile for some. Arguments and errors are those of `compile_kernels`.
     """
     mesh = _mesh(target)
+    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+    options["xla_gpu_cuda_data_dir"] = str(tool("ptxas").parents[1])
     with _mesh_context(mesh), quiet():
-        lowered = jax.jit(fn).lower(*_placed(specs, mesh))
-        return lowered.compile({"xla_gpu_cuda_data_dir": str(tool("ptxas").parents[1])})
+        return jax.jit(fn).lower(*_placed(specs, mesh)).compile(options)
 
 
 def _placed(specs, mesh: jax.sharding.Mesh) -> tuple:

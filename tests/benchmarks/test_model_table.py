@@ -45,7 +45,8 @@ def test_the_rows(table):
 def test_a_recipe_that_does_not_fit_is_left_out(monkeypatch):
     odd = Recipe(name="odd", rules=(Rule(match="no/such/layer", weights=None),))
     monkeypatch.setitem(RECIPES, "odd", odd)
-    recipes = model_table.fitting_recipes(NETWORKS["dit"])
+    params = NETWORKS["dit"].abstract_params(NETWORKS["dit"].config())
+    recipes = model_table.fitting_recipes(params)
     assert recipes == [name for name in RECIPES if name != "odd"]
     assert "`w8a8`" in model_table.row("dit")[-1] and "odd" not in model_table.row("dit")[-1]
 

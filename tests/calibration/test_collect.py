@@ -269,7 +269,7 @@ def test_a_video_is_calibrated_as_its_pipeline_samples():
             assert layer.count[half, 0] == len(rows), path
             error = np.abs(layer.second_moment[half, 0] - (rows**2).mean(0)).max()
             assert error < 1e-4 * (rows**2).mean(0).max(), path
-    with pytest.raises(ValueError, match="shot is None"):
+    with pytest.raises(ValueError, match="was given no shot"):
         collect(video_run(model, steps, guidance=OPENSORA_1_2), weights, [one])
 
 

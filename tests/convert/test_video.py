@@ -332,10 +332,14 @@ def test_a_size_that_is_not_square_is_in_the_config(tmp_path):
     export_diffusers(tmp_path / "export", params, "stdit", config)
     assert json.loads((tmp_path / "export" / "config.json").read_text()) == document
     assert_same_files(source, tmp_path / "export")
-    (source / "config.json").write_text(json.dumps(document | {"input_size": [5, 4]}))
-    with open_checkpoint(source) as checkpoint:
-        with pytest.raises(CheckpointError, match=r"input_size is .*, not \[frames, rows, columns"):
-            plan(checkpoint, RECIPES["float"])
+    for stated, message in (
+        ({"input_size": [5, 4]}, r"input_size is .*, not \[frames, rows, columns"),
+        ({"input_size": None}, r"'pos_embed' has 8 positions, which is no square; put \"input_si"),
+    ):
+        (source / "config.json").write_text(json.dumps(document | stated))
+        with open_checkpoint(source) as checkpoint:
+            with pytest.raises(CheckpointError, match=message):
+                plan(checkpoint, RECIPES["float"])
 
 
 def test_the_published_config_of_stdit3_is_understood(tmp_path):

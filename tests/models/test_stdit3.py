@@ -14,6 +14,8 @@ from lowbit_jax.models.stdit3 import (
     STDiT3Transformer,
     abstract_params,
 )
+from lowbit_jax.quant.recipe import RECIPES
+from lowbit_jax.quant.transform import quantize
 from tests.references.stdit3_files import TINY, original_shapes
 from tests.references.video_params import random_tree, stdit3_params
 
@@ -89,6 +91,22 @@ def test_given_frames_are_modulated_as_at_time_zero(reference):
     some_given = apply(params, **inputs, frame_mask=given)
     assert np.abs(out - some_given)[0].max() > 1e-3 * np.abs(out).max()
     assert np.abs(out - some_given)[1].max() < 1e-5 * np.abs(out).max()
+
+
+def test_given_frames_of_a_quantised_tree():
+    """Vectors per frame and per sample take the same integer products."""
+    config = tiny(pairs=1)
+    params = random_tree(abstract_params(config, jnp.float32))
+    low = quantize(params, RECIPES["w8a8"])
+    apply, inputs = jax.jit(STDiT3Transformer(config).apply), example(config, (3, 4, 4))
+    out = np.asarray(apply({"params": low}, **inputs))
+    made = apply({"params": low}, **inputs, frame_mask=np.ones((2, 3), bool))
+    assert np.abs(out - made).max() < 1e-3 * np.abs(out).max()
+    given = {"frame_mask": np.array([[False, True, True], [True, False, True]])}
+    exact = apply({"params": params}, **inputs, **given)
+    coarse = apply({"params": low}, **inputs, **given)
+    assert 0 < np.abs(coarse - exact).max() < 0.05 * np.abs(exact).max()
+    assert np.abs(exact - out).max() > 0.1 * np.abs(exact).max()
 
 
 @pytest.mark.slow

@@ -92,8 +92,14 @@ def test_stdit_equals_torch_under_iddpm():
     assert np.abs(expected - NOISE).max() > 0.1
 
 
-def test_stdit3_equals_torch_under_rectified_flow():
-    """All channels guided, the others dropped; Euler steps worked through here."""
+@pytest.mark.parametrize(
+    "made",
+    [None, np.array([[False, True, True], [True, True, False]])],
+    ids=["all-made", "frames-given"],
+)
+def test_stdit3_equals_torch_under_rectified_flow(made):
+    """All channels guided, the others dropped; Euler steps worked through here, as Open-Sora's with
+    a mask of zeros and ones: given frames are modulated as at time 0, and put back every step."""
     pytest.importorskip("torch", reason="the reference is torch")
     from tests.references import stdit3
 
@@ -106,7 +112,8 @@ def test_stdit3_equals_torch_under_rectified_flow():
 
     def run(x, timestep, caption):
         inputs = {"x": x, "timestep": timestep, "caption": caption, "caption_mask": MASK}
-        return stdit3.run(theirs, inputs | numbers)
+        given = {} if made is None else {"frame_mask": made}
+        return stdit3.run(theirs, inputs | numbers | given)
 
     denoise = guided(run, state["y_embedder.y_embedding"], channels=4)
     times = OPENSORA_1_2_SCHEDULE.timesteps(STEPS, height=height, width=width, num_frames=frames)
@@ -114,6 +121,8 @@ def test_stdit3_equals_torch_under_rectified_flow():
     for now, then in zip(times, [*times[1:], 0.0], strict=True):
         velocity = denoise(z, np.full(2, now, np.float32)).numpy()[:, :4]
         z = z + velocity * np.float32((now - then) / 1000)
+        if made is not None:
+            z = np.where(made[:, None, :, None, None], z, NOISE)
     found = sample_latents(
         STDiT3Transformer(sizes),
         stdit3_params(state, sizes),
@@ -123,6 +132,7 @@ def test_stdit3_equals_torch_under_rectified_flow():
         guidance=OPENSORA_1_2,
         scale=SCALE,
         shot=Shot(**of_shot),
+        made=made,
     )
     assert relative_error(found, z) < 5e-5
     assert np.abs(z - NOISE).max() > 0.1
@@ -161,7 +171,7 @@ def test_latte_1_equals_diffusers_under_ddim():
     assert relative_error(found, expected) < 5e-5
     with pytest.raises(ValueError, match="this network stores no null caption"):
         sample_latents(*arguments, **options)
-    with pytest.raises(ValueError, match="STDiT3 takes one, LatteT2VTransformer was given"):
+    with pytest.raises(ValueError, match="LatteT2VTransformer was given shot: STDiT3 needs"):
         sample_latents(*arguments, **options, negative=(negative, MASK), shot=Shot(24, 64, 64))
 
 
@@ -205,7 +215,7 @@ def test_a_shot_is_needed_by_stdit3_alone():
     model = STDiT3Transformer(config(stdit3_files))
     steps = OPENSORA_1_2_SCHEDULE.steps(2, height=64, width=64, num_frames=1)
     params = jax.eval_shape(lambda: {"y_embedder": {}})
-    with pytest.raises(ValueError, match="shot is None: STDiT3 takes one"):
+    with pytest.raises(ValueError, match="STDiT3Transformer was given no shot: STDiT3 needs"):
         sample_latents(
             model, params, jnp.asarray(NOISE), (CAPTION, MASK), steps, guidance=OPENSORA_1_2
         )

@@ -22,12 +22,9 @@ def waves(position, width, base=10000.0):
 
 def picture_waves(rows, columns, width):
     """(1, rows * columns, width): half for the column, half for the row."""
-    table = [
-        torch.cat([waves(x[None], width // 2), waves(y[None], width // 2)], dim=1)
-        for y in rows
-        for x in columns
-    ]
-    return torch.cat(table)[None].float()
+    across = waves(columns, width // 2).repeat(len(rows), 1)
+    down = waves(rows, width // 2).repeat_interleave(len(columns), 0)
+    return torch.cat([across, down], dim=1)[None].float()
 
 
 def normalise(x, eps=1e-6):

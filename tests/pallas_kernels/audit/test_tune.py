@@ -55,6 +55,14 @@ def test_unclean_code_is_never_chosen(flaw):
         tune.choose(OP, [candidate(LARGE, **flaw)], tile_table.ANY, 1024)
 
 
+def test_a_bound_under_the_floor_is_chosen_only_without_others():
+    low, slow = candidate(LARGE, bound=0.94), candidate(SMALL, alu=9.0)
+    assert tune.choose(OP, [low, slow], tile_table.ANY, 1024) == slow
+    assert tune.choose(OP, [low], tile_table.ANY, 1024) == low
+    elsewhere = candidate(LARGE, bound=0.94, target="h100")
+    assert tune.choose(OP, [elsewhere, slow], tile_table.ANY, 1024) == elsewhere
+
+
 def test_too_few_warps_are_chosen_only_without_others():
     few, slow = candidate(LARGE, warps=4, blocks=1), candidate(SMALL, alu=9.0)
     assert tune.choose(OP, [few, slow], tile_table.ANY, 1024) == slow

@@ -217,6 +217,9 @@ class BlockStack(nn.Module):
     equal blocks is one segment `{"0": ...}`; one of several kinds of blocks, or of mixed precision,
     is a short list of them. Compile time grows with the number of segments, not of layers.
 
+    What modules in the blocks `sow` into "intermediates" comes out where that collection is mutable
+    (`apply(..., mutable=["intermediates"])`): under the same names, stacked along the layer axis.
+
     Attributes:
         make_block: the unbound block (`parent=None`) of a layer; called `block(*carry,
             *constants)`, it returns the next carry (a tuple). Layers whose blocks are equal (Flax
@@ -240,13 +243,18 @@ class BlockStack(nn.Module):
         segments = self.variables["params"]
         self._check_segments(segments, blocks)
 
+        sown = ["intermediates"] if self.is_mutable_collection("intermediates") else False
+
         for first in sorted(segments, key=int):
 
             def step(carry, params, block=blocks[int(first)]):
-                return block.apply({"params": params}, *carry, *constants), None
+                out = block.apply({"params": params}, *carry, *constants, mutable=sown)
+                return out if sown else (out, None)
 
             scanned = jax.checkpoint(step) if self.remat else step
-            carry = scan_layers(scanned, carry, segments[first])
+            carry, found = scan_layers(scanned, carry, segments[first])
+            if found:
+                self.put_variable("intermediates", first, found["intermediates"])
         return carry
 
     def _init_segments(self, blocks, carry, constants) -> None:

@@ -225,9 +225,9 @@ class STDiT3Transformer(nn.Module):
         rate = embed_number(fps, features, dtype, "fps_embedder")
         if frame_mask is None:
             return embed_number(timestep, features, dtype, "t_embedder") + rate
-        both = jnp.concatenate([timestep, jnp.zeros_like(timestep)])
-        now, given = jnp.split(embed_number(both, features, dtype, "t_embedder"), 2)
-        time = jnp.where(frame_mask[..., None], now[:, None], given[:, None])
+        both = jnp.ravel(jnp.stack([timestep, jnp.zeros_like(timestep)], axis=1))
+        embedded = embed_number(both, features, dtype, "t_embedder").reshape(-1, 2, features)
+        time = jnp.where(frame_mask[..., None], embedded[:, :1], embedded[:, 1:])
         return time + rate[:, None]
 
 

@@ -49,15 +49,27 @@ def sample_latents(
     """
     if scale is not None:
         caption = captions.double(PIXART, caption, negative, params)
-    conditions: tuple[Array, ...] = ()
-    if model.config.micro_conditions:
-        height, width = (PIXELS * side for side in noise.shape[2:])
-        batch = len(caption[0])
-        resolution = jnp.tile(jnp.array([height, width], jnp.float32), (batch, 1))
-        conditions = resolution, jnp.full(batch, height / width, jnp.float32)
+    conditions = size_conditions(model, len(caption[0]), noise.shape[2:])
 
     def denoise(x, timestep):
         return model.apply({"params": params}, x, timestep, *caption, *conditions)
 
     denoiser = denoise if scale is None else PIXART.guide(denoise, scale)
     return loop.sample(denoiser, noise, steps)
+
+
+def size_conditions(
+    model: PixArtTransformer, batch: int, size: tuple[int, ...]
+) -> tuple[Array, ...]:
+    """Resolution and aspect ratio of latents of `size`, for a model that is told them; or nothing.
+
+    Args:
+        model: see `sample_latents`.
+        batch: of the forward.
+        size: rows and columns of latents.
+    """
+    if not model.config.micro_conditions:
+        return ()
+    height, width = (PIXELS * side for side in size)
+    resolution = jnp.tile(jnp.array([height, width], jnp.float32), (batch, 1))
+    return resolution, jnp.full(batch, height / width, jnp.float32)

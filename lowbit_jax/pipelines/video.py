@@ -16,6 +16,8 @@ from lowbit_jax.pipelines import captions
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import Guidance
 
+VideoTransformer = LatteT2VTransformer | STDiTTransformer | STDiT3Transformer
+
 
 class Shot(NamedTuple):
     """What STDiT3 is told of a video beside its caption.
@@ -33,7 +35,7 @@ class Shot(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "guidance"))
 def sample_latents(
-    model: LatteT2VTransformer | STDiTTransformer | STDiT3Transformer,
+    model: VideoTransformer,
     params: Any,
     noise: Float[Array, "b c f y x"],
     caption: captions.Caption,
@@ -74,19 +76,10 @@ def sample_latents(
         ValueError: a shot that is missing, or a shot or given frames that the network does not
             take; guidance without a negative caption; see also `lowbit_jax.samplers.loop.sample`.
     """
-    takes_shot = isinstance(model, STDiT3Transformer)
-    if (shot is not None) != takes_shot or (made is not None and not takes_shot):
-        given = [name for name, of in (("shot", shot), ("made", made)) if of is not None]
-        raise ValueError(
-            f"{type(model).__name__} was given {' and '.join(given) or 'no shot'}: STDiT3 needs "
-            "`shot` and may have `made`, the others take neither"
-        )
+    batch = len(noise) * (1 if scale is None else 2)
+    conditions = shot_conditions(model, batch, shot, given_frames=made is not None)
     if scale is not None:
         caption = captions.double(guidance, caption, negative, params)
-    numbers = {} if shot is None else shot._asdict()
-    conditions: dict[str, Any] = {
-        name: jnp.full(len(caption[0]), value) for name, value in numbers.items()
-    }
     if made is not None:
         conditions["frame_mask"] = made if scale is None else guidance.double(made, made)
 
@@ -98,6 +91,26 @@ def sample_latents(
         assert isinstance(model, STDiT3Transformer)
         denoiser = _still(denoiser, jnp.repeat(made, model.config.patch_size[0], axis=1))
     return loop.sample(denoiser, noise, steps, key=key, step_noise=step_noise)
+
+
+def shot_conditions(
+    model: VideoTransformer, batch: int, shot: Shot | None, *, given_frames: bool = False
+) -> dict[str, Any]:
+    """What a network is told of a video beside its caption, float32 of `batch` entries each.
+
+    Raises:
+        ValueError: a shot that is missing, or a shot or given frames that the network does not
+            take.
+    """
+    takes_shot = isinstance(model, STDiT3Transformer)
+    if (shot is not None) != takes_shot or (given_frames and not takes_shot):
+        given = [name for name, of in (("shot", shot), ("made", given_frames)) if of]
+        raise ValueError(
+            f"{type(model).__name__} was given {' and '.join(given) or 'no shot'}: STDiT3 needs "
+            "`shot` and may have `made`, the others take neither"
+        )
+    numbers = {} if shot is None else shot._asdict()
+    return {name: jnp.full(batch, value, jnp.float32) for name, value in numbers.items()}
 
 
 def _still(denoiser: loop.Denoiser, made: Bool[Array, "b f"]) -> loop.Denoiser:

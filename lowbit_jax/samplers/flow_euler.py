@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.settings import read_settings
 
 _FIXED = {
@@ -101,11 +101,11 @@ def sample(
         sigmas: noise levels, see `FlowSchedule.sigmas`.
     """
 
-    def step(x, pair):
-        now, then = pair
-        v = velocity(x, jnp.full(x.shape[:1], now))
-        return x + (then - now) * v.astype(jnp.float32), None
+    return loop.sample(velocity, noise, euler_steps(sigmas))
 
-    sigmas = jnp.asarray(sigmas, jnp.float32)
-    x, _ = jax.lax.scan(step, noise.astype(jnp.float32), (sigmas[:-1], sigmas[1:]))
-    return x
+
+def euler_steps(sigmas: Float32[Array, "steps+1"] | Float32[np.ndarray, "steps+1"]) -> loop.Steps:
+    """The same as steps of `lowbit_jax.samplers.loop`."""
+    levels = jnp.asarray(sigmas, jnp.float32)
+    ones = jnp.ones(len(levels) - 1, jnp.float32)
+    return loop.Steps(timestep=levels[:-1], keep=ones, push=levels[1:] - levels[:-1])

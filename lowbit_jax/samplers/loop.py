@@ -21,6 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32, Key
 
 Denoiser = Callable[[Float[Array, "b c ..."], Array], Float[Array, "b out ..."]]
+# what a step hands to the next: x, and the predicted data where the sampler looks back
+State = tuple[Float32[Array, "b c ..."], Float32[Array, "b c ..."] | None]
 
 
 def _static(default: Any = None) -> Any:
@@ -106,23 +108,41 @@ def sample(
         raise ValueError(f"step_noise has shape {step_noise.shape}, not {(len(steps), *shape)}")
     source = step_noise if key is None else jax.random.split(key, len(steps))
 
-    def step(carry, now):
-        x, before = carry
+    def step(state, now):
         s, random = now
-        out, variance = _split(denoiser(x, jnp.full(shape[:1], s.timestep)), shape[1])
-        data = _sum((s.data_x, x), (s.data_out, out))
-        if s.clip is not None:
-            data = jnp.clip(data, -s.clip, s.clip)
-        x = _sum((s.keep, x), (s.push, out), (s.pull, data), (s.pull_before, before))
-        if s.std is not None:
-            z = random if key is None else jax.random.normal(random, shape)
-            x += s.std * _widening(s, variance) * z
-        return (x, data if before is not None else None), None
+        z = random if key is None else jax.random.normal(random, shape)
+        return advance(denoiser, state, s, z), None
 
-    start = noise.astype(jnp.float32)
-    before = None if steps.pull_before is None else jnp.zeros_like(start)
-    (x, _), _ = jax.lax.scan(step, (start, before), (steps, source))
+    (x, _), _ = jax.lax.scan(step, start(noise, steps), (steps, source))
     return x
+
+
+def start(noise: Float[Array, "b c ..."], steps: Steps) -> State:
+    """The state before the first step."""
+    x = jnp.asarray(noise).astype(jnp.float32)
+    return x, None if steps.pull_before is None else jnp.zeros_like(x)
+
+
+def advance(
+    denoiser: Denoiser, state: State, s: Steps, z: Float[Array, "b c ..."] | None = None
+) -> State:
+    """One step: the body of `sample`, for who wants to see every one.
+
+    Args:
+        denoiser: see `sample`.
+        state: from `start` or the last `advance`.
+        s: one step: every coefficient a scalar.
+        z: standard normal noise, for steps that add any.
+    """
+    x, before = state
+    out, variance = _split(denoiser(x, jnp.full(x.shape[:1], s.timestep)), x.shape[1])
+    data = _sum((s.data_x, x), (s.data_out, out))
+    if s.clip is not None:
+        data = jnp.clip(data, -s.clip, s.clip)
+    x = _sum((s.keep, x), (s.push, out), (s.pull, data), (s.pull_before, before))
+    if s.std is not None:
+        x += s.std * _widening(s, variance) * z
+    return x, data if before is not None else None
 
 
 def _split(out: Array, channels: int) -> tuple[Array, Array | None]:

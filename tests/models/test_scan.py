@@ -44,11 +44,20 @@ def test_scan_equals_a_loop():
     """1e-6: the same operations, fused otherwise. Special values keep their bits."""
     x, stack = some(2, 8, dtype=jnp.float32), mixed_stack()
     for run in (scan_layers, jax.jit(scan_layers, static_argnums=0)):
-        np.testing.assert_allclose(run(step, x, stack), looped(x, stack), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(run(step, x, stack)[0], looped(x, stack), rtol=1e-5, atol=1e-6)
     special = jnp.asarray([[0.0, -0.0, jnp.inf, jnp.nan, 2.0**-133, -1.5]], jnp.bfloat16)
     keep = lambda _, layer: (layer, None)  # noqa: E731
-    out = jax.jit(lambda s: scan_layers(keep, jnp.zeros(6, jnp.bfloat16), s))(special)
+    out = jax.jit(lambda s: scan_layers(keep, jnp.zeros(6, jnp.bfloat16), s)[0])(special)
     assert out.tobytes() == special[0].tobytes()
+
+
+def test_what_layers_give_beside_is_stacked():
+    stack = mixed_stack()
+    beside = lambda x, layer: (x, layer["narrow"].astype(jnp.float32).sum())  # noqa: E731
+    _, out = scan_layers(beside, jnp.zeros(2), stack)
+    sums = stack["narrow"].astype(jnp.float32).reshape(len(stack["narrow"]), -1).sum(1)
+    assert stack["narrow"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(out, sums, rtol=1e-5)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -61,7 +70,7 @@ def test_gradients_reach_every_leaf(remat):
         return jnp.sum(jnp.square(run(stack | floats)))
 
     floats = {key: stack[key] for key in ("narrow", "wide")}
-    scanned = jax.jit(jax.grad(lambda f: loss(lambda s: scan_layers(one, x, s), f)))(floats)
+    scanned = jax.jit(jax.grad(lambda f: loss(lambda s: scan_layers(one, x, s)[0], f)))(floats)
     expected = jax.grad(lambda f: loss(lambda s: looped(x, s), f))(floats)
     for got, want in zip(jax.tree.leaves(scanned), jax.tree.leaves(expected), strict=True):
         assert got.dtype == want.dtype and np.abs(want.astype(np.float32)).max() > 0
@@ -107,7 +116,7 @@ def test_a_stack_is_not_copied():
     stack = jax.ShapeDtypeStruct((16, 256, 256), jnp.bfloat16)
     x = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16)
     product = lambda x, w: (jnp.dot(x, w), None)  # noqa: E731
-    compiled = jax.jit(lambda x, s: scan_layers(product, x, s)).lower(x, stack).compile()
+    compiled = jax.jit(lambda x, s: scan_layers(product, x, s)[0]).lower(x, stack).compile()
     memory = compiled.memory_analysis()
     if memory is None:
         pytest.skip("this backend tells no sizes")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -113,14 +117,17 @@ def _convert(job: Job, arguments: Arguments, console: Console) -> None:
     with _progress(console) as bars:
         digests = _digest(job.checkpoint, bars)
     start = time.perf_counter()
-    with Writer(
-        arguments.out,
-        manifest(job, digests),
-        overwrite=arguments.overwrite,
-        archive=arguments.archive,
-        resumable=True,
-        resume=arguments.resume,
-    ) as writer:
+    with (
+        _lasting_interrupts() as stop_if_asked,
+        Writer(
+            arguments.out,
+            manifest(job, digests),
+            overwrite=arguments.overwrite,
+            archive=arguments.archive,
+            resumable=True,
+            resume=arguments.resume,
+        ) as writer,
+    ):
         there = job.source_bytes(writer.parts)
         finished = writer.complete
         if arguments.resume:
@@ -130,6 +137,7 @@ def _convert(job: Job, arguments: Arguments, console: Console) -> None:
 
             def step(name: str, nbytes: int) -> None:
                 bars.update(task, advance=nbytes, description=name)
+                stop_if_asked()
 
             run(job, writer.write, step, frozenset(writer.parts))
         writer.finish()
@@ -147,6 +155,33 @@ def _convert(job: Job, arguments: Arguments, console: Console) -> None:
         f"{'' if finished else speed}",
         soft_wrap=True,
     )
+
+
+@contextmanager
+def _lasting_interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C that cannot get lost: the function given raises KeyboardInterrupt if one came before.
+
+    Python drops an exception that is raised inside a finaliser or a callback from C, such as jax's.
+    """
+    asked = False
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are not ours
+        yield stop_if_asked
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop_if_asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def show_rest(job: Job, writer: Writer, console: Console) -> None:

@@ -1,5 +1,6 @@
 """`convert_and_quantize` and the disk: whole or not at all, and nothing of anyone else's harmed."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -182,7 +183,8 @@ def wait_for_parts(folder):
 
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
 def test_an_end_midway_leaves_nothing_under_the_name(tmp_path, make_source, kill):
-    source = make_source(config=dataclasses.replace(TINY, depth=0, depth_single_blocks=60))
+    # many layers, so that a busy machine cannot finish them before the signal comes
+    source = make_source(config=dataclasses.replace(TINY, depth=0, depth_single_blocks=400))
     process = start(source, tmp_path / "out")
     wait_for_parts(tmp_path)
     process.send_signal(kill)
@@ -227,3 +229,15 @@ def test_an_output_that_appears_meanwhile_is_spared(convert, tmp_path, source, m
     code, _, (error,) = convert(source)
     assert code == 2 and "exists already" in error and "finished part(s) are kept" in error
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_interrupt_that_python_dropped_is_not_lost():
+    """As in a finaliser: what it raises is printed and dropped."""
+    before = signal.getsignal(signal.SIGINT)
+    with program._lasting_interrupts() as stop_if_asked:
+        stop_if_asked()  # nobody has
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop_if_asked()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -47,17 +47,37 @@ def treat_kernel(
         raise ValueError(
             f"rule '{rule.match}' balances or rotates a kernel that is balanced or rotated already"
         )
+    if rule.weights is not None:
+        made = treat_weight(weight, rule, given, column_absmax(weight))
+        mask = _product(done.mask, made.mask)
+        return dataclasses.replace(made, mask=mask, rotation=made.rotation or done.rotation)
     mask = mask_of(rule, column_absmax(weight), given)
     rotation = rotation_of(rule, weight.shape[1])
-    weight = transform_weight(weight, mask, rotation)
-    if done.mask is not None:
-        mask = done.mask if mask is None else done.mask * mask
-    rotation = rotation or done.rotation
-    if rule.weights is None:
-        return TransformedKernel(weight.T.astype(done.dtype), mask, rotation)
+    kernel = transform_weight(weight, mask, rotation).T.astype(done.dtype)
+    return TransformedKernel(kernel, _product(done.mask, mask), rotation or done.rotation)
+
+
+def treat_weight(
+    weight: Float[Array, "n k"], rule: Rule, given: Given, columns: Float32[Array, "k"]
+) -> QTensor:
+    """What a rule that quantises makes of some rows (n, k) of a matrix.
+
+    Args:
+        weight: the rows.
+        rule: what to do.
+        given: see there.
+        columns: `column_absmax` of the whole matrix.
+    """
+    mask, rotation = mask_of(rule, columns, given), rotation_of(rule, weight.shape[1])
+    made = quantize_weight(transform_weight(weight, mask, rotation), rule)
     static = static_scale(rule, given, mask)
-    made = quantize_weight(weight, rule)
     return dataclasses.replace(made, mask=mask, rotation=rotation, act_scale=static)
+
+
+def _product(first: Array | None, second: Array | None) -> Array | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first * second
 
 
 def static_scale(

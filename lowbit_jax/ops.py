@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
@@ -25,7 +26,7 @@ class Before(Protocol):
 
 def linear(
     x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor,
+    kernel: Float[Array, "k n"] | QTensor | LoraKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -40,6 +41,7 @@ def linear(
 
     The gradient of a quantised product is that of the floating-point product with the weights its
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
+    A `LoraKernel` adds its branch, which sees the input as it is, to the product of its base.
 
     Args:
         x: input.
@@ -55,6 +57,9 @@ def linear(
     k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if isinstance(kernel, LoraKernel):
+        residual = _add_branch(x, kernel, before, gate, residual)
+        return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
     product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
     return product(x, kernel, bias, before, gate, residual)
 
@@ -71,6 +76,12 @@ def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) 
 def logical_shape(kernel) -> tuple[int, ...]:
     """Shape of the floating array a parameter stands for: (k, n) for a QTensor's stored (n, k)."""
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
+
+
+def _add_branch(x, kernel: LoraKernel, before, gate, residual):
+    """What a low-rank branch adds, as part of the residual: the product is left as it is."""
+    side = _float_linear(x, kernel.down.astype(x.dtype), None, before, None, None)
+    return _float_linear(side, kernel.up.astype(x.dtype), None, None, gate, residual)
 
 
 def _float_linear(x, kernel, bias, before, gate, residual):

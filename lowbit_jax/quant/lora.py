@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, is_kernel
 from lowbit_jax.quant.stacks import Tree, iter_layers, map_kernels, map_stacks, segments
 
 MAX_LISTED = 20
@@ -136,12 +136,12 @@ def merge(params: Tree, updates: Mapping[str, LowRank], strength: float = 1.0) -
     closed = [
         path
         for path, kernel, _ in iter_layers(params)
-        if path in updates and isinstance(kernel, (QTensor, LoraKernel))
+        if path in updates and (is_kernel(kernel) or isinstance(kernel, LoraKernel))
     ]
     if closed:
         raise LoraError(
-            f"{_listed(closed)}: quantised, or with a branch; merge into the floating-point model "
-            "and quantise that, or attach"
+            f"{_listed(closed)}: quantised, transformed, or with a branch; merge into the "
+            "floating-point model and quantise that, or attach"
         )
 
     def add(kernel: Array, found: Sequence[LowRank | None], stacked: bool) -> Array:

@@ -10,7 +10,7 @@ from lowbit_jax.models.flux import FluxTransformer, abstract_params
 from lowbit_jax.models.layers import AdaLN, Gelu
 from lowbit_jax.quant.lora import LoraError, LoraKernel, LowRank, attach, detach, merge
 from lowbit_jax.quant.recipe import RECIPES, Rule, WeightSpec
-from lowbit_jax.quant.transform import dequantize, quantize, quantize_kernel
+from lowbit_jax.quant.transform import dequantize, quantize, quantize_kernel, rotate
 from tests.quant.test_transform_flux import SMALL
 
 RNG = np.random.default_rng(0)
@@ -157,5 +157,19 @@ def test_merging_into_quantised_or_branched_kernels_is_refused():
     quantised = quantize(random_params(), RECIPES["flux-1.58bit"])
     with pytest.raises(LoraError, match="double_blocks/0/img_attn/qkv.*quantise that, or attach"):
         merge(quantised, updates)
+    branched = attach(random_params(), updates)
     with pytest.raises(LoraError, match="with a branch"):
-        merge(attach(random_params(), updates), updates)
+        merge(branched, updates)
+    with pytest.raises(ValueError, match="double_blocks/0/img_attn/qkv .*have a branch"):
+        quantize(branched, RECIPES["w8a8"])
+
+
+def test_a_branch_of_a_rotated_kernel_sees_the_input_as_it_is():
+    """The product of the kernel before the rotation, and the branch's, in float64."""
+    params = {"layer": {"kernel": jnp.asarray(normal(64, 24))}}
+    low = update(64, 24, 3)
+    rotated = attach(rotate(params, match="layer"), {"layer": low}, dtype=jnp.float32)
+    x = normal(5, 64)
+    expected = np.float64(x) @ (params["layer"]["kernel"] + np.float64(low.down) @ low.up)
+    found = ops.linear(x, rotated["layer"]["kernel"])
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
+from convert.lora import Lora, read_loras
 from convert.registry import SOURCES, recognise
 from convert.statistics import load_statistics
 from convert.table import (
@@ -33,6 +35,7 @@ from convert.table import (
 from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.quant.lora import LowRank
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
@@ -71,6 +74,8 @@ class Job:
         rules: how each layer path is treated; None keeps the kernel.
         statistics: of the model's activations, where the recipe needs any.
         abstract: the output tree as shapes, if every weight is finite.
+        loras: LoRA files that are added to the weights before anything else.
+        updates: what they add, by layer path.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +89,8 @@ class Job:
     rules: dict[str, Rule | None]
     abstract: dict[str, Any]
     statistics: Statistics | None = None
+    loras: tuple[Lora, ...] = ()
+    updates: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
     def sizes(self, archive: bool = False) -> SizeReport:
         """Bytes before and after, from shapes."""
@@ -95,21 +102,26 @@ class Job:
         leaf = max(_source_bytes(self.checkpoint, leaf.sources) for leaf in self.leaves)
         rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
         part = max(size_report([part]).after for part in iter_parts(self.abstract))
+        merged = max((4 * math.prod(x.shape) for x in self.leaves if self.update(x)), default=0)
         # a leaf twice: the pages read, and the matrix fused from them
-        return int(BASE_BYTES + 2 * leaf + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
+        return int(BASE_BYTES + 2 * leaf + merged + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
 
     def source_bytes(self, parts: Collection[str]) -> int:
         """Bytes that are read to make these parts."""
         leaves = (leaf for leaf in self.leaves if leaf.part in parts)
         return sum(_source_bytes(self.checkpoint, leaf.source_shapes()) for leaf in leaves)
 
+    def update(self, leaf: Leaf) -> LowRank | None:
+        """What LoRA files add to a leaf; None when that is nothing."""
+        return self.updates.get(leaf.layer_path) if leaf.is_kernel else None
+
     def rule(self, leaf: Leaf) -> Rule | None:
         """How a leaf is treated; None when it stays as it is."""
-        return self.rules[_layer_path(leaf)] if leaf.is_kernel else None
+        return self.rules[leaf.layer_path] if leaf.is_kernel else None
 
     def given(self, leaf: Leaf, rule: Rule) -> Given:
         """What a leaf's rule needs beside the weights."""
-        return given_of(rule, _layer_path(leaf), leaf.shape[1], self.recipe, self.statistics)
+        return given_of(rule, leaf.layer_path, leaf.shape[1], self.recipe, self.statistics)
 
 
 def plan(
@@ -119,6 +131,7 @@ def plan(
     model: str = "auto",
     dtype: Any = jnp.bfloat16,
     statistics: str | os.PathLike[str] | Statistics | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Job:
     """Recognise a checkpoint, check every name, shape and dtype, and lay out the result; no memory.
 
@@ -131,7 +144,7 @@ def plan(
 
     Raises:
         CheckpointError: not a known model, or tensors that are unknown, missing or mis-shaped;
-            no readable file of statistics.
+            no readable file of statistics; a LoRA file that does not fit it (`lora.read_lora`).
         RecipeError: a rule that decides nothing; no statistics where they are needed, or some where
             they are not.
         StatisticsError: statistics of another model.
@@ -146,7 +159,7 @@ def plan(
     leaves = expand(layout, config, shapes)
     constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
     check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
-    kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
+    kernels = [leaf.layer_path for leaf in leaves if leaf.is_kernel]
     if statistics is not None and not recipe.needs_statistics:
         raise RecipeError(f"recipe '{recipe.name}' needs no statistics; leave them out")
     if isinstance(statistics, str | os.PathLike):
@@ -164,6 +177,8 @@ def plan(
         rules=recipe.assign(kernels),
         abstract=jax.eval_shape(partial(quantize, recipe=recipe, statistics=statistics), params),
         statistics=statistics,
+        loras=tuple(loras),
+        updates=read_loras(loras, model, config),
     )
 
 
@@ -225,6 +240,7 @@ def run(
 
 def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint's manifest says about its origin."""
+    loras = {"loras": [lora.to_json() for lora in job.loras]} if job.loras else {}
     known = {} if job.statistics is None else {"statistics": _origin(job.statistics)}
     return {
         **known,
@@ -236,6 +252,7 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
             "layout": job.layout.name,
             "files": digests,
             "notes": list(job.checkpoint.notes),
+            **loras,
         },
     }
 
@@ -254,12 +271,24 @@ def _origin(statistics: Statistics) -> dict[str, Any]:
 
 def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     array = read_leaf(job.checkpoint, leaf)
+    if update := job.update(leaf):
+        array = _merge(array, update)
     rule = job.rule(leaf)
     if rule is not None:
         tensor, finite = _treat_leaf(array, rule, job.given(leaf, rule), jnp.dtype(job.dtype))
         if finite or not keep:
             return tensor, finite
     return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
+
+
+def _merge(array: np.ndarray, update: LowRank) -> np.ndarray:
+    """A matrix (n, k) and its update, in float32: a small one must not be rounded away."""
+    down, up = (np.ascontiguousarray(part.T, np.float32) for part in update)
+    merged = np.empty(array.shape, np.float32)
+    for start in range(0, len(array), ROWS):
+        rows = slice(start, start + ROWS)
+        merged[rows] = array[rows].astype(np.float32) + up[rows] @ down
+    return merged
 
 
 def _treat_leaf(
@@ -329,8 +358,3 @@ def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarr
 
 def _source_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.info(name).nbytes for name in names)
-
-
-def _layer_path(leaf: Leaf) -> str:
-    linear = leaf.path.rsplit("/", 1)[0]
-    return f"{leaf.part}/{linear}" if "/" in leaf.part else linear

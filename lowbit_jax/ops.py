@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from pallas_kernels import api
 from pallas_kernels.reference_rows import ROTATIONS
@@ -35,7 +36,7 @@ class Before(Protocol):
 
 def linear(
     x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor | TransformedKernel,
+    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -54,6 +55,7 @@ def linear(
 
     The gradient of a quantised product is that of the floating-point product with the weights its
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
+    A `LoraKernel` adds its branch, which sees the input as it is, to the product of its base.
 
     Args:
         x: input.
@@ -69,6 +71,9 @@ def linear(
     k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if isinstance(kernel, LoraKernel):
+        residual = _add_branch(x, kernel, before, gate, residual)
+        return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
     if isinstance(kernel, QTensor):
         return _quantized_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, TransformedKernel):
@@ -90,6 +95,12 @@ def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) 
 def logical_shape(kernel) -> tuple[int, ...]:
     """Shape of the floating array a parameter stands for: (k, n) for a QTensor's stored (n, k)."""
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
+
+
+def _add_branch(x, kernel: LoraKernel, before, gate, residual):
+    """What a low-rank branch adds, as part of the residual: the product is left as it is."""
+    side = _float_linear(x, kernel.down.astype(x.dtype), None, before, None, None)
+    return _float_linear(side, kernel.up.astype(x.dtype), None, None, gate, residual)
 
 
 def _float_linear(x, kernel, bias, before, gate, residual):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax.quant import hadamard
+from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.masks import over_runs
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, is_kernel
 from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
@@ -222,10 +223,12 @@ def _check_unquantized(params: Tree, chosen: dict[str, Rule | None]) -> None:
     done = [
         path
         for path, kernel, _ in iter_layers(params)
-        if chosen[path] is not None and isinstance(kernel, QTensor)
+        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel)
     ]
     if done:
-        raise ValueError(f"{done[0]} and {len(done) - 1} more kernels are quantised already")
+        raise ValueError(
+            f"{done[0]} and {len(done) - 1} more kernels are quantised already, or have a branch"
+        )
 
 
 def _nonfinite_layers(params: Tree, chosen: dict, recipe: Recipe) -> list[str]:

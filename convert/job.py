@@ -37,6 +37,7 @@ from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
 from lowbit_jax.quant.lora import LowRank
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.transform import NonFiniteError, given_of, nonfinite_message, quantize
@@ -275,7 +276,7 @@ def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
         array = _merge(array, update)
     rule = job.rule(leaf)
     if rule is not None:
-        tensor, finite = _treat_leaf(array, rule, job.given(leaf, rule), jnp.dtype(job.dtype))
+        tensor, finite = _treat_ranges(array, rule, job, leaf)
         if finite or not keep:
             return tensor, finite
     return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
@@ -289,6 +290,18 @@ def _merge(array: np.ndarray, update: LowRank) -> np.ndarray:
         rows = slice(start, start + ROWS)
         merged[rows] = array[rows].astype(np.float32) + up[rows] @ down
     return merged
+
+
+def _treat_ranges(array: np.ndarray, rule: Rule, job: Job, leaf: Leaf) -> tuple[Any, bool]:
+    """`_treat_leaf`; with a balance for each timestep range, all of them one after the other."""
+    given, dtype = job.given(leaf, rule), jnp.dtype(job.dtype)
+    if rule.balance is None or rule.balance.ranges is None:
+        return _treat_leaf(array, rule, given, dtype)
+    assert job.statistics is not None
+    each = [jax.tree.map(lambda part, r=r: part[r], given) for r in range(rule.balance.ranges)]
+    made = [_treat_leaf(array, rule, one, dtype) for one in each]
+    kernels = jax.tree.map(lambda *parts: np.stack(parts), *(kernel for kernel, _ in made))
+    return RangedKernel(kernels, job.statistics.ranges.edges), made[0][1]
 
 
 def _treat_leaf(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
+from lowbit_jax.quant.ranged import RangedKernel
 from pallas_kernels import api
 from pallas_kernels.reference_rows import ROTATIONS
 from pallas_kernels.rows import QuantizedRows
@@ -66,7 +67,7 @@ def linear(
         residual: what the gated product is added to.
 
     Raises:
-        ValueError: when k differs, with both numbers.
+        ValueError: when k differs, with both numbers; a kernel of timestep ranges.
     """
     k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
@@ -74,6 +75,11 @@ def linear(
     if isinstance(kernel, LoraKernel):
         residual = _add_branch(x, kernel, before, gate, residual)
         return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
+    if isinstance(kernel, RangedKernel):
+        raise ValueError(
+            "the kernel has one matrix for each timestep range: call the model with "
+            "lowbit_jax.quant.ranged.at_timestep(params, t)"
+        )
     if isinstance(kernel, QTensor):
         return _quantized_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, TransformedKernel):

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.models.flux import FluxTransformer, image_ids, text_ids
+from lowbit_jax.quant.ranged import at_timestep
 from lowbit_jax.samplers import flow_euler
 
 
@@ -46,6 +47,8 @@ def sample_tokens(
     ids = image_ids(*grid), text_ids(txt.shape[1])
 
     def velocity(x, t):
-        return model.apply({"params": params}, x, txt, t, pooled, *ids, guidance=guidance)
+        return model.apply(
+            {"params": at_timestep(params, t)}, x, txt, t, pooled, *ids, guidance=guidance
+        )
 
     return flow_euler.sample(velocity, noise, sigmas)

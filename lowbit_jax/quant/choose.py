@@ -113,7 +113,8 @@ def choose(
 
     Args:
         params: floating parameters.
-        recipe: its rules with `balance` or `rotation` are looked into; their alpha is tried too.
+        recipe: its rules with `balance` or `rotation` are looked into; their alpha is tried too,
+            as one for all timesteps.
         statistics: of the activations of the model.
         alphas: that are tried.
         threshold: layers with both incoherences below are left alone.
@@ -196,7 +197,7 @@ def _errors(
     weight: Array, path: str, rule: Rule, alphas, recipe: Recipe, statistics: Statistics, x
 ) -> Iterator[tuple[Combination, float]]:
     """(combination, error) of everything a layer's rule allows."""
-    own = () if rule.balance is None else (rule.balance.alpha,)
+    own = () if rule.balance is None else rule.balance.alphas
     balances = (None,) if rule.balance is None else (None, *sorted({*alphas, *own}))
     rotations = (None,) if rule.rotation is None else (None, rule.rotation)
     columns = column_absmax(weight)

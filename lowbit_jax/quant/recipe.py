@@ -55,16 +55,33 @@ class Balance:
     """How the channels of a linear's input are balanced with its weights; needs statistics.
 
     Attributes:
-        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`.
+        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`. Several: one for each
+            timestep range of the statistics, from time 0 upwards, each with a mask and weights of
+            its own, see `lowbit_jax.quant.ranged`.
     """
 
-    alpha: float
+    alpha: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.alpha, list):  # JSON has no tuples
+            object.__setattr__(self, "alpha", tuple(self.alpha))
+        if self.alpha == ():
+            raise RecipeError("balance: no alpha")
         try:
-            checked_alpha(self.alpha)
+            for alpha in self.alphas:
+                checked_alpha(alpha)
         except ValueError as error:
             raise RecipeError(f"balance: {error}") from None
+
+    @property
+    def alphas(self) -> tuple[float, ...]:
+        """All of them."""
+        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+
+    @property
+    def ranges(self) -> int | None:
+        """How many timestep ranges have a mask of their own; None for one mask for all."""
+        return len(self.alpha) if isinstance(self.alpha, tuple) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +313,13 @@ def _viditq(bits: str, alpha: float) -> Recipe:
     return _method("viditq", text, bits, _CHANNELS[int(bits[1])], balance=balance, rotation="auto")
 
 
+def _viditq_v1() -> Recipe:
+    """Two halves of the time, as v1 has them; its alphas, of late (low noise) and early steps."""
+    balance = Balance(alpha=(0.15, 0.075))
+    text = "ViDiT-Q v1: one mask for each half of the timesteps, per token"
+    return _method("viditq-v1", text, "w4a8", _INT4, balance=balance)
+
+
 def _viditq_mixed(alpha: float) -> Recipe:
     """ViDiT-Q's own tables as one: MLPs (v1, and v2 of PixArt) and first blocks (v2) at 8 bits."""
     plain = _viditq("w4a8", alpha)
@@ -346,6 +370,7 @@ RECIPES = {
         _viditq("w4a8", 0.01),
         _viditq_mixed(0.01),
         _viditq("w4a4", 0.25),
+        _viditq_v1(),
         *sorted(_rivals(), key=lambda recipe: recipe.name),
     )
 }

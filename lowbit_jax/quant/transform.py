@@ -12,8 +12,9 @@ import numpy as np
 
 from lowbit_jax.quant import hadamard
 from lowbit_jax.quant.lora import LoraKernel
-from lowbit_jax.quant.masks import over_runs
+from lowbit_jax.quant.masks import over_halves, over_runs
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, is_kernel
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
 from lowbit_jax.quant.stacks import (
     Tree,
@@ -93,7 +94,7 @@ class _Treatment:
         rule = self.chosen[layer]
         if rule is None:
             return kernel
-        return treat_kernel(kernel, rule, self._given(layer, kernel.shape[-2]))
+        return self._treated(rule, kernel, self._given(layer, kernel.shape[-2]))
 
     def stack(self, path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         """A stack, cut where treatments change."""
@@ -116,7 +117,15 @@ class _Treatment:
         given = [self._given(path, kernel.shape[-2]) for path in paths]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *given)
         # one layer at a time: the temporaries of a quantiser are several times its input
-        return jax.lax.map(lambda layer: treat_kernel(layer[0], rule, layer[1]), (kernel, stacked))
+        return jax.lax.map(lambda layer: self._treated(rule, *layer), (kernel, stacked))
+
+    def _treated(self, rule: Rule, kernel, given: Given):
+        """One kernel; with a balance for each range, one of each."""
+        if rule.balance is None or rule.balance.ranges is None:
+            return treat_kernel(kernel, rule, given)
+        assert self.statistics is not None
+        each = jax.lax.map(lambda one: treat_kernel(kernel, rule, one), given)
+        return RangedKernel(each, self.statistics.ranges.edges)
 
     def _signature(self, path: str) -> Any:
         """What two rules must share for their layers to be stacked."""
@@ -124,7 +133,8 @@ class _Treatment:
         if rule is None:
             return None
         balanced = rule.balance is not None
-        return rule.weights, rule.act_bits, rule.act_static, balanced, rule.rotation
+        ranges = rule.balance and rule.balance.ranges
+        return rule.weights, rule.act_bits, rule.act_static, balanced, ranges, rule.rotation
 
     def _given(self, path: str, k: int) -> Given:
         rule = self.chosen[path]
@@ -185,6 +195,13 @@ def check_statistics(
             f"such as {needing[0]}: collect them with lowbit_jax.calibration and pass them "
             "(convert_and_quantize --stats FILE)"
         )
+    for path in needing:
+        balance = chosen[path].balance  # type: ignore[union-attr]
+        if balance is not None and balance.ranges not in (None, len(statistics.ranges)):
+            raise RecipeError(
+                f"recipe '{recipe.name}' has {balance.ranges} alphas for {path}, the statistics "
+                f"{len(statistics.ranges)} timestep ranges: collect them with as many"
+            )
     if _is_concrete(*jax.tree.leaves(statistics)):
         statistics.check(params)
 
@@ -192,16 +209,20 @@ def check_statistics(
 def given_of(
     rule: Rule, layer: str, k: int, recipe: Recipe, statistics: Statistics | None
 ) -> Given:
-    """What a layer's rule needs beside the weights."""
+    """What a layer's rule needs beside the weights; with a leading axis of ranges where it has."""
     absmax: Any = None
     alpha: Any = None
     if rule.needs_statistics:
         assert statistics is not None  # check_statistics
         absmax = over_runs(statistics.layers[layer].absmax)
-    if rule.balance is not None:
-        alpha = np.float32(rule.balance.alpha)
     rotates = rule.rotation is not None
     signs: Any = hadamard.signs(recipe.seed, layer, k) if rotates else None
+    if rule.balance is not None:
+        assert statistics is not None
+        alpha = np.asarray(rule.balance.alpha, np.float32)
+        if rule.balance.ranges is not None:
+            absmax = over_halves(statistics.layers[layer].absmax)
+            signs = None if signs is None else np.broadcast_to(signs, absmax.shape)
     return Given(absmax, alpha, signs)
 
 
@@ -209,21 +230,27 @@ def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:
     """The tree with every `QTensor` and `TransformedKernel` replaced by the kernel it stands for.
 
     That is (.., k, n), for inputs as they are.
+
+    Raises:
+        ValueError: kernels of timestep ranges; see `ranged.at_timestep`.
     """
 
     def restore(leaf):
+        if isinstance(leaf, RangedKernel):
+            raise ValueError("kernels of timestep ranges: take those of a time with `at_timestep`")
         if isinstance(leaf, TransformedKernel):
             return leaf.restore(dtype)
         return jnp.swapaxes(leaf.dequantize(dtype), -1, -2) if is_kernel(leaf) else leaf
 
-    return jax.tree.map(restore, params, is_leaf=is_kernel)
+    ends = lambda leaf: is_kernel(leaf) or isinstance(leaf, RangedKernel)  # noqa: E731
+    return jax.tree.map(restore, params, is_leaf=ends)
 
 
 def _check_unquantized(params: Tree, chosen: dict[str, Rule | None]) -> None:
     done = [
         path
         for path, kernel, _ in iter_layers(params)
-        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel)
+        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel | RangedKernel)
     ]
     if done:
         raise ValueError(

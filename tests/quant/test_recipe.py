@@ -49,7 +49,7 @@ def test_every_field_survives_json(tmp_path):
         Rule(match="b", weights=spec, act_bits=6),
         Rule(match="d", weights=None, balance=Balance(alpha=0.25), rotation="full", optional=True),
         Rule(match="e", weights=spec, act_bits=8, rotation=128),
-        Rule(match="f", weights=spec, act_bits=8, balance=Balance(alpha=1), act_static=True),
+        Rule(match="f", weights=spec, act_bits=8, balance=Balance(alpha=(0.1, 0.2))),
         Rule(
             match="c", weights=WeightSpec(format="ternary", quantizer="twn", granularity="tensor")
         ),
@@ -108,6 +108,8 @@ def rule_json(weights=None, **fields):
         (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
         (rule_json(balance=0.5), "rule 0, balance: expected an object, found float"),
         (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
+        (rule_json(balance={"alpha": [0.5, 2]}), "balance: alpha is 2, it lies in 0 to 1"),
+        (rule_json(balance={"alpha": []}), "balance: no alpha"),
         (rule_json(balance={"alpha": "auto"}), "balance: alpha is 'auto', it lies in 0 to 1"),
         (rule_json(balance={}), r"rule 0, balance: .*missing fields \['alpha'\]"),
         (rule_json(rotation="half"), "rule 'a': rotation 'half' is neither a block size"),

@@ -48,6 +48,7 @@ from lowbit_jax.quant.weights import (
     rotation_of,
     static_scale,
     transform_weight,
+    upper_of,
 )
 
 # measured with benchmarks/convert.py: jax, orbax and their buffers before a weight is read; float32
@@ -317,7 +318,8 @@ def _treat_leaf(
     mask = mask_of(rule, jnp.asarray(columns), given)
     rotation = rotation_of(rule, array.shape[1])
     static = static_scale(rule, given, mask)
-    treat = partial(_treat_rows, mask=mask, rule=rule, rotation=rotation, dtype=dtype)
+    upper = upper_of(rule, given, mask, rotation)
+    treat = partial(_treat_rows, mask=mask, upper=upper, rule=rule, rotation=rotation, dtype=dtype)
     with ThreadPoolExecutor(THREADS) as pool:
         done = list(pool.map(lambda piece: jax.device_get(treat(piece)), pieces))
     made = [part for part, _ in done]
@@ -348,12 +350,12 @@ def _float_bytes_at_once(leaf: Leaf, rule: Rule | None) -> int:
 
 
 @partial(jax.jit, static_argnames=("rule", "rotation", "dtype"))
-def _treat_rows(array: jax.Array, mask: jax.Array | None, *, rule: Rule, rotation, dtype):
+def _treat_rows(array: jax.Array, mask, upper, *, rule: Rule, rotation: int | None, dtype):
     finite = jnp.isfinite(array).all()
     weight = transform_weight(array, mask, rotation)
     if rule.weights is None:
         return weight.astype(dtype), finite
-    return quantize_weight(weight, rule), finite
+    return quantize_weight(weight, rule, upper), finite
 
 
 def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarray, bool]:

@@ -10,78 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit_jax.quant.masks import checked_alpha
-from pallas_kernels.formats import FORMATS
+from lowbit_jax.quant.specs import Balance, RecipeError, WeightSpec, is_positive
 
-INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
-TERNARY_QUANTIZERS = ("absmean", "twn", "least_squares")
-
-
-class RecipeError(ValueError):
-    """A recipe that is malformed, or that does not fit the model it is used on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightSpec:
-    """How a weight matrix is quantised.
-
-    Attributes:
-        format: key of `pallas_kernels.formats.FORMATS`.
-        quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax
-            (asymmetric) or mse for integers; absmean, twn or least_squares for ternary.
-        granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
-    """
-
-    format: str
-    quantizer: str
-    granularity: str | int = "channel"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise RecipeError(f"format '{self.format}' is none of {', '.join(FORMATS)}")
-        known = TERNARY_QUANTIZERS if self.format == "ternary" else INTEGER_QUANTIZERS
-        if self.quantizer not in known:
-            raise RecipeError(
-                f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
-            )
-        if not (self.granularity in ("channel", "tensor") or _is_positive(self.granularity)):
-            raise RecipeError(
-                f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Balance:
-    """How the channels of a linear's input are balanced with its weights; needs statistics.
-
-    Attributes:
-        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`. Several: one for each
-            timestep range of the statistics, from time 0 upwards, each with a mask and weights of
-            its own, see `lowbit_jax.quant.ranged`.
-    """
-
-    alpha: float | tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if isinstance(self.alpha, list):  # JSON has no tuples
-            object.__setattr__(self, "alpha", tuple(self.alpha))
-        if self.alpha == ():
-            raise RecipeError("balance: no alpha")
-        try:
-            for alpha in self.alphas:
-                checked_alpha(alpha)
-        except ValueError as error:
-            raise RecipeError(f"balance: {error}") from None
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """All of them."""
-        return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
-
-    @property
-    def ranges(self) -> int | None:
-        """How many timestep ranges have a mask of their own; None for one mask for all."""
-        return len(self.alpha) if isinstance(self.alpha, tuple) else None
+__all__ = [
+    "RECIPES",
+    "Balance",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "WeightSpec",
+    "load_recipe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +56,12 @@ class Rule:
     @property
     def needs_statistics(self) -> bool:
         """Whether statistics of the activations are needed."""
-        return self.balance is not None or self.act_static
+        return self.balance is not None or self.act_static or self.needs_grams
+
+    @property
+    def needs_grams(self) -> bool:
+        """Whether X^T X of the activations is among them."""
+        return self.weights is not None and self.weights.quantizer == "gptq"
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
@@ -134,7 +78,7 @@ class Rule:
             type(self.act_bits) is int and 2 <= self.act_bits <= 8
         ):
             raise RecipeError(f"rule '{self.match}': act_bits {self.act_bits!r} outside 2..8")
-        if not (self.rotation in (None, "full", "auto") or _is_positive(self.rotation)):
+        if not (self.rotation in (None, "full", "auto") or is_positive(self.rotation)):
             raise RecipeError(
                 f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
                 "nor 'auto'"
@@ -240,10 +184,6 @@ class Recipe:
                 )
             rules.append(Rule(**item))
         return Recipe(**(fields | {"rules": tuple(rules)}))
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:

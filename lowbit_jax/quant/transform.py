@@ -196,6 +196,11 @@ def check_statistics(
             "(convert_and_quantize --stats FILE)"
         )
     for path in needing:
+        if chosen[path].needs_grams and statistics.layers[path].gram is None:  # type: ignore[union-attr]
+            raise RecipeError(
+                f"recipe '{recipe.name}' needs X^T X of the inputs of {path}, the statistics have "
+                "none: collect them with `grams`, a regular expression for such layers"
+            )
         balance = chosen[path].balance  # type: ignore[union-attr]
         if balance is not None and balance.ranges not in (None, len(statistics.ranges)):
             raise RecipeError(
@@ -223,7 +228,13 @@ def given_of(
         if rule.balance.ranges is not None:
             absmax = over_halves(statistics.layers[layer].absmax)
             signs = None if signs is None else np.broadcast_to(signs, absmax.shape)
-    return Given(absmax, alpha, signs)
+    gram: Any = None
+    if rule.needs_grams:
+        assert statistics is not None
+        gram = statistics.layers[layer].gram
+        ranges = rule.balance and rule.balance.ranges
+        gram = gram if ranges is None else jnp.broadcast_to(gram, (ranges, k, k))
+    return Given(absmax, alpha, signs, gram)
 
 
 def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:

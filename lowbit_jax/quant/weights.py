@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from lowbit_jax.quant import hadamard, quantizers
+from lowbit_jax.quant import feedback, hadamard, quantizers
 from lowbit_jax.quant.masks import SMALLEST, channel_mask
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.quant.recipe import Rule
@@ -22,11 +22,13 @@ class Given(NamedTuple):
         absmax: of each channel of its input; None where the rule needs no statistics.
         alpha: of the balance, see `quant.masks`.
         signs: +-1, of the rotation; None where the rule does not rotate.
+        gram: X^T X of its input, by any factor; None where weights are rounded without it.
     """
 
     absmax: Float[Array, "*l k"] | None = None
     alpha: Float[Array, "*l"] | None = None
     signs: Float[Array, "*l k"] | None = None
+    gram: Float[Array, "*l k k"] | None = None
 
 
 NOTHING = Given()
@@ -47,14 +49,12 @@ def treat_kernel(
         raise ValueError(
             f"rule '{rule.match}' balances or rotates a kernel that is balanced or rotated already"
         )
-    if rule.weights is not None:
-        made = treat_weight(weight, rule, given, column_absmax(weight))
-        mask = _product(done.mask, made.mask)
-        return dataclasses.replace(made, mask=mask, rotation=made.rotation or done.rotation)
-    mask = mask_of(rule, column_absmax(weight), given)
-    rotation = rotation_of(rule, weight.shape[1])
-    kernel = transform_weight(weight, mask, rotation).T.astype(done.dtype)
-    return TransformedKernel(kernel, _product(done.mask, mask), rotation or done.rotation)
+    mask, rotation = mask_of(rule, column_absmax(weight), given), rotation_of(rule, weight.shape[1])
+    weight = transform_weight(weight, mask, rotation)
+    mask, rotation = _product(done.mask, mask), rotation or done.rotation
+    if rule.weights is None:
+        return TransformedKernel(weight.T.astype(done.dtype), mask, rotation)
+    return _quantized(weight, rule, given, mask, rotation)
 
 
 def treat_weight(
@@ -69,9 +69,24 @@ def treat_weight(
         columns: `column_absmax` of the whole matrix.
     """
     mask, rotation = mask_of(rule, columns, given), rotation_of(rule, weight.shape[1])
-    made = quantize_weight(transform_weight(weight, mask, rotation), rule)
+    return _quantized(transform_weight(weight, mask, rotation), rule, given, mask, rotation)
+
+
+def _quantized(weight: Array, rule: Rule, given: Given, mask, rotation: int | None) -> QTensor:
+    """Of a transformed weight, with the transforms of its input."""
+    made = quantize_weight(weight, rule, upper_of(rule, given, mask, rotation))
     static = static_scale(rule, given, mask)
     return dataclasses.replace(made, mask=mask, rotation=rotation, act_scale=static)
+
+
+def upper_of(
+    rule: Rule, given: Given, mask: Float32[Array, "k"] | None, rotation: int | None
+) -> Float32[Array, "k k"] | None:
+    """What GPTQ needs of the inputs, see `feedback.factor`; None for other quantisers."""
+    if not rule.needs_grams:
+        return None
+    assert given.gram is not None
+    return feedback.factor(given.gram, mask, rotation)
 
 
 def _product(first: Array | None, second: Array | None) -> Array | None:
@@ -143,11 +158,18 @@ def quantize_kernel(kernel: Float[Array, "k n"], rule: Rule) -> QTensor:
     return quantize_weight(kernel.T, rule)
 
 
-def quantize_weight(weight: Float[Array, "n k"], rule: Rule) -> QTensor:
+def quantize_weight(
+    weight: Float[Array, "n k"], rule: Rule, upper: Float32[Array, "k k"] | None = None
+) -> QTensor:
     """Quantise one matrix in PyTorch's orientation (n, k), by the formulas of `quant.quantizers`.
 
+    Args:
+        weight: the matrix, or some of its rows.
+        rule: how.
+        upper: for GPTQ, see `upper_of`.
+
     Raises:
-        ValueError: a rule without a weight spec.
+        ValueError: a rule without a weight spec; GPTQ without `upper`.
     """
     spec = rule.weights
     if spec is None:
@@ -160,6 +182,13 @@ def quantize_weight(weight: Float[Array, "n k"], rule: Rule) -> QTensor:
     else:
         bits = FORMATS[spec.format].bits
         codes, scale, zero = _INTEGER[spec.quantizer](weight, bits, **sharing)
+    if spec.quantizer == "gptq":
+        if upper is None:
+            raise ValueError(f"rule '{rule.match}': gptq needs X^T X of the layer's inputs")
+        known = FORMATS[spec.format]
+        codes = feedback.round_with_feedback(
+            weight, upper, scale, zero, group=min(group or k, k), low=-known.high, high=known.high
+        )
     return QTensor(
         codes=pack_codes(codes, spec.format),
         scale=scale,
@@ -171,7 +200,12 @@ def quantize_weight(weight: Float[Array, "n k"], rule: Rule) -> QTensor:
     )
 
 
-_INTEGER = {"absmax": quantizers.absmax, "minmax": quantizers.minmax, "mse": quantizers.mse}
+_INTEGER = {
+    "absmax": quantizers.absmax,
+    "minmax": quantizers.minmax,
+    "mse": quantizers.mse,
+    "gptq": quantizers.mse,  # its grid
+}
 _TERNARY = {
     "absmean": quantizers.absmean,
     "twn": quantizers.twn,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -46,26 +47,67 @@ def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
         NonFiniteError: a NaN or inf in a kernel to be quantised, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
+    chosen = decide(params, recipe)
+
+    def stacked(paths: list[str], kernel, rule: Rule) -> QTensor:
+        # one layer at a time: the temporaries of a quantiser are several times its input
+        return jax.lax.map(partial(quantize_kernel, rule=rule), kernel)
+
+    return replace_kernels(
+        params, chosen, lambda path, kernel, rule: quantize_kernel(kernel, rule), stacked
+    )
+
+
+def decide(params: Tree, recipe: Recipe) -> dict[str, Rule | None]:
+    """How each layer path of float parameters is quantised; None for those that stay as they are.
+
+    Raises:
+        RecipeError, ValueError, NonFiniteError: see `quantize`.
+    """
     chosen = recipe.assign(layer_paths(params))
     _check_unquantized(params, chosen)
-    chosen |= dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
+    return chosen | dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
+
+
+def replace_kernels(
+    params: Tree,
+    chosen: Mapping[str, Rule | None],
+    single: Callable[[str, Any, Rule], QTensor],
+    stacked: Callable[[list[str], Any, Rule], QTensor],
+) -> dict[str, Any]:
+    """A copy of a tree with the kernels that have a rule replaced.
+
+    Stacks are cut where rules change.
+
+    Args:
+        params: the tree.
+        chosen: see `decide`.
+        single: (layer path, kernel (k, n), rule) -> its QTensor.
+        stacked: (layer paths, kernel (l, k, n), rule) -> the QTensor of all of them.
+    """
 
     def treat(path: tuple[str, ...], kernel):
         rule = chosen["/".join(path)]
-        return kernel if rule is None else quantize_kernel(kernel, rule)
+        return kernel if rule is None else single("/".join(path), kernel, rule)
 
     def treat_stack(path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for first, length, tree in segments(stack):
             linears = [linear for linear, _ in kernels(tree)]
-            rules = [
-                {linear: chosen["/".join((*path, str(first + i), *linear))] for linear in linears}
+            names = [
+                {linear: "/".join((*path, str(first + i), *linear)) for linear in linears}
                 for i in range(length)
             ]
-            for start, stop in runs([[_treatment(r) for r in layer.values()] for layer in rules]):
-                out[str(first + start)] = map_kernels(
-                    slice_layers(tree, start, stop), partial(_treat_stacked, rules[start])
-                )
+            rules = [[_treatment(chosen[name]) for name in layer.values()] for layer in names]
+            for start, stop in runs(rules):
+
+                def treat_layers(linear, kernel, layers=names[start:stop]):
+                    rule = chosen[layers[0][linear]]
+                    paths = [layer[linear] for layer in layers]
+                    return kernel if rule is None else stacked(paths, kernel, rule)
+
+                layers = slice_layers(tree, start, stop)
+                out[str(first + start)] = map_kernels(layers, treat_layers)
         return out
 
     return map_stacks(params, treat_stack, treat)
@@ -74,14 +116,6 @@ def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
 def _treatment(rule: Rule | None) -> Any:
     """What two rules must share for their layers to be stacked."""
     return rule and (rule.weights, rule.act_bits)
-
-
-def _treat_stacked(rules: dict, linear: tuple[str, ...], kernel):
-    rule = rules[linear]
-    if rule is None:
-        return kernel
-    # one layer at a time: the temporaries of a quantiser are several times its input
-    return jax.lax.map(partial(quantize_kernel, rule=rule), kernel)
 
 
 def quantize_kernel(kernel: Float[Array, "k n"], rule: Rule) -> QTensor:

@@ -1,1 +1,1 @@
-"""A quantised model taught by its float model: trajectories, latent weights, training. Needs optax."""
+"""A quantised model taught by its float model: trajectories, latent weights, training (optax)."""

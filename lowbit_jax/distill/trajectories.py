@@ -1,8 +1,7 @@
 """What the float model does on its way from noise to pictures: the data of data-free training.
 
 The model samples from conditions alone, and every forward's input, time and output are kept, over
-all timesteps. Only real trajectories do: noised pictures of another kind, and starts of a few steps,
-failed in public.
+all timesteps of whole trajectories: noise alone, and trajectories of a few steps, failed others.
 
 Shape letters: p samples, s steps, b batch.
 """
@@ -103,7 +102,9 @@ def _step(run: Run):
 
 
 def _shard(program, params, run: Run, batch: list[Sample], steps, first: int) -> Shard:
-    conditions = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(s.conditions for s in batch))
+    conditions = jax.tree.map(
+        lambda *leaves: jnp.concatenate(leaves), *(s.conditions for s in batch)
+    )
     noise = jnp.concatenate([jnp.asarray(sample.noise) for sample in batch])
     state = loop.start(noise, run.steps)
     inputs, outputs = [], []
@@ -112,7 +113,7 @@ def _shard(program, params, run: Run, batch: list[Sample], steps, first: int) ->
         bad = ~np.isfinite(out.reshape(len(out), -1)).all(1)
         if bad.any():
             raise TrajectoryError(
-                f"sample {first + int(bad.argmax())}, step {number}: the model gives NaN or infinity"
+                f"sample {first + int(bad.argmax())}, step {number}: NaN or infinity in the output"
             )
         inputs.append(x)
         outputs.append(out)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lowbit_jax.quant import feedback
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from lowbit_jax.quant.recipe import Recipe, Rule
-from lowbit_jax.quant.stacks import Tree
-from lowbit_jax.quant.transform import decide, quantize_weight, replace_kernels
+from lowbit_jax.quant.stacks import Tree, map_stacks
+from lowbit_jax.quant.transform import Treatment, decide
+from lowbit_jax.quant.weights import quantize_weight, treat_kernel
 from pallas_kernels.formats import FORMATS, pack_codes
+
+if TYPE_CHECKING:  # calibration knows quantised trees
+    from lowbit_jax.calibration.statistics import Statistics
 
 
 class FeedbackError(ValueError):
@@ -54,6 +58,7 @@ def quantize_with_feedback(
     recipe: Recipe,
     grams: Mapping[str, Float[Array, "k k"]],
     options: Feedback = Feedback(),
+    statistics: Statistics | None = None,
 ) -> dict[str, Any]:
     """`quantize`, but with error feedback: same tree, formats and bytes, other codes and scales.
 
@@ -61,43 +66,74 @@ def quantize_with_feedback(
     (`feedback.ternary`); all others keep the scales and zero points of the recipe's quantiser,
     groups too, and get new codes on that grid. Not under `jit`: layers are taken one by one, each
     with its Hessian on the device while it is used. Consecutive layers that are given one and the
-    same array as Hessian share its factor.
+    same array as Hessian share its factor, unless they are balanced or rotated.
 
     Args:
         params: float parameters.
         recipe: what to do.
-        grams: X^T X of the input of each linear by its layer path, or a mean of it: float64 of
-            `calibration`, or one array for several paths, see `share_grams`.
+        grams: X^T X of the input of each linear by its layer path, before any balance or rotation,
+            or a mean of it: float64 of `calibration`, or one array for several paths, see
+            `share_grams`.
         options: settings.
+        statistics: as `quantize` has them.
 
     Raises:
         FeedbackError: a linear that is to be quantised without a Hessian, or with one of another
             size, or one that is not positive definite even when damped.
         RecipeError, ValueError, NonFiniteError: see `quantize`.
     """
-    chosen = decide(params, recipe)
-    missing = [path for path, rule in chosen.items() if rule is not None and path not in grams]
+    chosen = decide(params, recipe, statistics)
+    missing = [path for path, rule in chosen.items() if rule and rule.weights and path not in grams]
     if missing:
         raise FeedbackError(
             f"no X^T X of {missing[0]} and {len(missing) - 1} more linears: collect statistics "
             "with `grams` matching them"
         )
-    factors = _Factors(grams, options)
+    treat = _Compensation(chosen, recipe, statistics, _Factors(grams, options), options)
+    return map_stacks(params, treat.stack, treat.kernel)
 
-    def single(path: str, kernel, rule: Rule) -> QTensor:
-        tensor = _quantize(jnp.asarray(kernel), factors(path, kernel.shape[0]), rule, options)
+
+@dataclass(frozen=True)
+class _Compensation(Treatment):
+    """A treatment whose last step, quantising, is with feedback."""
+
+    factors: _Factors
+    options: Feedback
+
+    def kernel(self, path: tuple[str, ...], kernel):
+        """The kernel of a linear outside the stacks."""
+        layer = "/".join(path)
+        return kernel if self.chosen[layer] is None else self._one(layer, kernel)
+
+    def run(self, layers: list[str], linear: tuple[str, ...], kernel):
+        """The kernels of one linear of consecutive layers, one by one."""
+        paths = ["/".join((layer, *linear)) for layer in layers]
+        if self.chosen[paths[0]] is None:
+            return kernel
+        treated = [
+            self._one(path, jax.tree.map(lambda leaf, at=i: leaf[at], kernel))
+            for i, path in enumerate(paths)
+        ]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *treated)
+
+    def _one(self, path: str, kernel):
+        rule = self.chosen[path]
+        assert rule is not None
+        if rule.balance is not None or rule.rotation is not None:  # first, as a float32 kernel
+            kernel = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kernel)
+        before = dataclasses.replace(rule, weights=None, act_bits=None)
+        done = treat_kernel(kernel, before, self.given(path, kernel.shape[-2]))
+        if rule.weights is None:
+            return done
+        assert isinstance(done, TransformedKernel)
+        factor = self.factors(path, done)
+        tensor = _quantize(done.kernel, factor, rule, self.options)
         if not bool(jnp.isfinite(tensor.scale).all()):
             raise FeedbackError(
-                f"{path}: its X^T X is not positive definite with damping {options.damping:g}, or "
-                "holds NaN; more samples or more damping help"
+                f"{path}: its X^T X is not positive definite with damping "
+                f"{self.options.damping:g}, or holds NaN; more samples or more damping help"
             )
-        return tensor
-
-    def stacked(paths: list[str], kernel, rule: Rule) -> QTensor:
-        layers = [single(path, kernel[i], rule) for i, path in enumerate(paths)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-
-    return replace_kernels(params, chosen, single, stacked)
+        return dataclasses.replace(tensor, mask=done.mask, rotation=done.rotation)
 
 
 def share_grams(
@@ -128,15 +164,25 @@ class _Factors:
         self._grams, self._options = grams, options
         self._last: tuple[Any, feedback.Factor] | None = None
 
-    def __call__(self, path: str, k: int) -> feedback.Factor:
-        gram = self._grams[path]
+    def __call__(self, path: str, kernel: TransformedKernel) -> feedback.Factor:
+        gram, k = self._grams[path], kernel.shape[-2]
         if gram.shape != (k, k):
             raise FeedbackError(f"{path}: X^T X has shape {gram.shape}, its input is {k} wide")
-        if self._last is None or self._last[0] is not gram:
+        plain = kernel.mask is None and kernel.rotation is None
+        if not plain or self._last is None or self._last[0] is not gram:
             self._last = None  # before the next is made
-            made = _factorize(_normalized(gram), self._options.damping, self._options.act_order)
-            self._last = gram, made
+            ready = _transformed(_normalized(gram), kernel)
+            made = _factorize(ready, self._options.damping, self._options.act_order)
+            self._last = (gram if plain else None), made
         return self._last[1]
+
+
+def _transformed(gram, kernel: TransformedKernel):
+    """X^T X of rows that are masked and rotated."""
+    if kernel.mask is None and kernel.rotation is None:
+        return gram
+    half = transform_rows(gram, kernel.mask, kernel.rotation)
+    return transform_rows(half.T, kernel.mask, kernel.rotation)
 
 
 def _normalized(gram) -> np.ndarray:

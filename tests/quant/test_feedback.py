@@ -161,7 +161,9 @@ MIXED = Recipe(
             act_bits=8,
         ),
         Rule(
-            match="single_blocks/1/linear2", weights=WeightSpec(format="int8", quantizer="absmax")
+            match="single_blocks/1/linear2",
+            weights=WeightSpec(format="int8", quantizer="absmax"),
+            rotation=16,
         ),
     ),
 )

@@ -66,7 +66,7 @@ class Latent:
 
     def _scale_and_codes(self):
         weight = jax.lax.stop_gradient(self.weight)
-        if self.base is None:
+        if self.base is None or self.growth is None:
             scale = _least_squares_scale(weight)
         else:
             scale = self.base * jnp.exp(self.growth)

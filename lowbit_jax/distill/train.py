@@ -7,6 +7,7 @@ Nothing here knows a model: `loss(tree, batch)` does.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable
@@ -213,7 +214,8 @@ class _Kept:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        facts = (repr(options), about, [(n, x.shape, x.dtype) for n, x in state["trained"].items()])
+        equal = dataclasses.replace(options, checkpoint_minutes=0.0)  # which changes no result
+        facts = (repr(equal), about, [(n, x.shape, x.dtype) for n, x in state["trained"].items()])
         mark, file = hashlib.sha256(repr(facts).encode()).hexdigest(), folder / "training.sha256"
         if file.exists() and file.read_text() != mark:
             raise ValueError(f"{folder} holds a training with other settings, data or parameters")

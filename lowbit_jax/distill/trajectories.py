@@ -161,8 +161,10 @@ class Trajectories:
         """
         n = len(self) * self.steps
         at = np.arange(number * size, (number + 1) * size)
-        orders = {p: np.random.default_rng((seed, p)).permutation(n) for p in set(at // n)}
-        return self.take(np.array([orders[i // n][i % n] for i in at]))
+        orders = {
+            p: np.random.default_rng((seed, p)).permutation(n) for p in set((at // n).tolist())
+        }
+        return self.take(np.array([orders[int(i) // n][int(i) % n] for i in at]))
 
     def take(self, index: Sequence[int] | np.ndarray) -> dict[str, Any]:
         """The forwards sample * steps + step of an index, as `batch` gives them."""

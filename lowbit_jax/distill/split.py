@@ -36,9 +36,14 @@ class Split(NamedTuple):
 
     def join(self, trained: Leaves, frozen: Leaves) -> Any:
         """The tree of these leaves; the dicts may hold tracers."""
-        return self.structure.unflatten(
-            [trained[name] if name in trained else frozen[name] for name in self.names]
-        )
+        return join(self.structure, self.names, trained, frozen)
+
+
+def join(structure: Any, names: tuple[str, ...], trained: Leaves, frozen: Leaves) -> Any:
+    """See `Split.join`."""
+    return structure.unflatten(
+        [trained[name] if name in trained else frozen[name] for name in names]
+    )
 
 
 def split(tree: Any, trained: str) -> Split:

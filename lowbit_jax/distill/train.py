@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowbit_jax.distill.split import Leaves, Split
+from lowbit_jax.distill.split import Leaves, Split, join
 
 SMOOTH = 20  # steps of the running mean of the loss that is shown and watched
 
@@ -135,7 +135,7 @@ def fit(
     }
     kept = _Kept(folder, state, options, about)
     state = kept.latest()
-    program = _program(loss, parts, optimizer)
+    program = _program(loss, parts.structure, parts.names, tuple(parts.trained), equal(options))
     saved, step = time.monotonic(), int(state["step"])
     with _progress(console) as bar:
         task = bar.add_task(name, total=options.steps, completed=step, loss=float("nan"))
@@ -159,17 +159,24 @@ def fit(
     )
 
 
-def _program(loss, parts: Split, optimizer):
+def equal(options: Options) -> Options:
+    """The options with what changes no result left out."""
+    return dataclasses.replace(options, checkpoint_minutes=0.0)
+
+
+@lru_cache(maxsize=2)  # the blocks of a stack share a program
+def _program(loss, structure, names, trained_names, options: Options):
     """state, frozen, batch -> state, which trained leaves have a gradient that is not finite."""
+    optimizer = options.optimizer()
 
     @partial(jax.jit, donate_argnums=0)
     def program(state, frozen, batch):
         def of_trained(trained):
-            return loss(parts.join(trained, frozen), batch)
+            return loss(join(structure, names, trained, frozen), batch)
 
         trained = state["trained"]
         value, grads = jax.value_and_grad(of_trained)(trained)
-        bad = jnp.stack([~jnp.isfinite(grads[name]).all() for name in parts.trained])
+        bad = jnp.stack([~jnp.isfinite(grads[name]).all() for name in trained_names])
         bad = bad | ~jnp.isfinite(value)
         updates, moments = optimizer.update(grads, state["optimizer"], trained)
         new = {
@@ -214,8 +221,11 @@ class _Kept:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        equal = dataclasses.replace(options, checkpoint_minutes=0.0)  # which changes no result
-        facts = (repr(equal), about, [(n, x.shape, x.dtype) for n, x in state["trained"].items()])
+        facts = (
+            repr(equal(options)),
+            about,
+            [(n, x.shape, x.dtype) for n, x in state["trained"].items()],
+        )
         mark, file = hashlib.sha256(repr(facts).encode()).hexdigest(), folder / "training.sha256"
         if file.exists() and file.read_text() != mark:
             raise ValueError(f"{folder} holds a training with other settings, data or parameters")

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from lowbit_jax.calibration.collect import Run, Sample, run_digest
 from lowbit_jax.samplers import loop
@@ -159,12 +159,7 @@ class Trajectories:
         Returns:
             `x` and `output` [b, ...], `timestep` [b] and `conditions`, a tree of [b, ...].
         """
-        n = len(self) * self.steps
-        at = np.arange(number * size, (number + 1) * size)
-        orders = {
-            p: np.random.default_rng((seed, p)).permutation(n) for p in set((at // n).tolist())
-        }
-        return self.take(np.array([orders[int(i) // n][int(i) % n] for i in at]))
+        return self.take(shuffled(len(self) * self.steps, number, size, seed))
 
     def take(self, index: Sequence[int] | np.ndarray) -> dict[str, Any]:
         """The forwards sample * steps + step of an index, as `batch` gives them."""
@@ -182,3 +177,10 @@ class Trajectories:
             "timestep": timestep,
             "conditions": jax.tree.unflatten(self._structure, conditions),
         }
+
+
+def shuffled(n: int, number: int, size: int, seed: int) -> Int[np.ndarray, "b"]:
+    """The indices of one batch: passes over n things, each pass shuffled by (seed, pass)."""
+    at = range(number * size, (number + 1) * size)
+    orders = {p: np.random.default_rng((seed, p)).permutation(n) for p in {i // n for i in at}}
+    return np.array([orders[i // n][i % n] for i in at])

@@ -61,7 +61,7 @@ class Rule:
     @property
     def needs_grams(self) -> bool:
         """Whether X^T X of the activations is among them."""
-        return self.weights is not None and self.weights.quantizer == "gptq"
+        return self.weights is not None and self.weights.feedback
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):

@@ -8,7 +8,7 @@ from typing import Any
 from lowbit_jax.quant.masks import checked_alpha
 from pallas_kernels.formats import FORMATS
 
-INTEGER_QUANTIZERS = ("absmax", "minmax", "mse", "gptq")
+INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
 TERNARY_QUANTIZERS = ("absmean", "twn", "least_squares")
 
 
@@ -23,14 +23,17 @@ class WeightSpec:
     Attributes:
         format: key of `pallas_kernels.formats.FORMATS`.
         quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax
-            (asymmetric) or mse for integers; absmean, twn or least_squares for ternary. Or gptq:
-            the grid of mse, codes by `quant.feedback`; needs statistics with X^T X of the inputs.
+            (asymmetric) or mse for integers; absmean, twn or least_squares for ternary.
         granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
+        feedback: choose codes on the quantizer's grid by error feedback (GPTQ, `quant.feedback`):
+            what rounding one input's weights loses, later inputs make up. Needs statistics with
+            X^T X of the inputs.
     """
 
     format: str
     quantizer: str
     granularity: str | int = "channel"
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -40,6 +43,8 @@ class WeightSpec:
             raise RecipeError(
                 f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
             )
+        if not isinstance(self.feedback, bool):
+            raise RecipeError(f"feedback {self.feedback!r} is no boolean")
         if not (self.granularity in ("channel", "tensor") or is_positive(self.granularity)):
             raise RecipeError(
                 f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"

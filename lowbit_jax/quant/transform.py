@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,18 +72,27 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
         NonFiniteError: a NaN or inf in a kernel to be treated, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
-    chosen = recipe.assign(layer_paths(params))
-    _check_unquantized(params, chosen)
-    check_statistics(recipe, chosen, statistics, params)
-    chosen |= dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
-
-    treat = _Treatment(chosen, recipe, statistics)
+    treat = Treatment(decide(params, recipe, statistics), recipe, statistics)
     return map_stacks(params, treat.stack, treat.kernel)
 
 
+def decide(
+    params: Tree, recipe: Recipe, statistics: Statistics | None = None
+) -> dict[str, Rule | None]:
+    """What is done to each layer path; None for those that stay as they are.
+
+    Raises:
+        As `quantize`.
+    """
+    chosen = recipe.assign(layer_paths(params))
+    _check_unquantized(params, chosen)
+    check_statistics(recipe, chosen, statistics, params)
+    return chosen | dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
+
+
 @dataclass(frozen=True)
-class _Treatment:
-    """What `quantize` has decided about every layer."""
+class Treatment:
+    """What has been decided about every layer, and how a tree is rewritten by it."""
 
     chosen: dict[str, Rule | None]
     recipe: Recipe
@@ -94,7 +104,9 @@ class _Treatment:
         rule = self.chosen[layer]
         if rule is None:
             return kernel
-        return self._treated(rule, kernel, self._given(layer, kernel.shape[-2]))
+        if rule.needs_grams:
+            return self._alone(layer, rule, kernel)
+        return self._treated(rule, kernel, self.given(layer, kernel.shape[-2]))
 
     def stack(self, path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         """A stack, cut where treatments change."""
@@ -104,28 +116,37 @@ class _Treatment:
             layers = ["/".join((*path, str(first + i))) for i in range(length)]
             signatures = [[self._signature(f"{l}/{'/'.join(x)}") for x in linears] for l in layers]
             for start, stop in runs(signatures):
-                treat = partial(self._run, layers[start:stop])
+                treat = partial(self.run, layers[start:stop])
                 out[str(first + start)] = map_kernels(slice_layers(tree, start, stop), treat)
         return out
 
-    def _run(self, layers: list[str], linear: tuple[str, ...], kernel):
+    def run(self, layers: list[str], linear: tuple[str, ...], kernel):
         """The kernels of one linear of consecutive layers, treated alike."""
         paths = ["/".join((layer, *linear)) for layer in layers]
         rule = self.chosen[paths[0]]
         if rule is None:
             return kernel
-        given = [self._given(path, kernel.shape[-2]) for path in paths]
+        if rule.needs_grams:  # one Hessian at a time on the device
+            at = lambda i: jax.tree.map(lambda leaf: leaf[i], kernel)  # noqa: E731
+            made = [self._alone(path, rule, at(i)) for i, path in enumerate(paths)]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+        given = [self.given(path, kernel.shape[-2]) for path in paths]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *given)
         # one layer at a time: the temporaries of a quantiser are several times its input
         return jax.lax.map(lambda layer: self._treated(rule, *layer), (kernel, stacked))
 
     def _treated(self, rule: Rule, kernel, given: Given):
-        """One kernel; with a balance for each range, one of each."""
-        if rule.balance is None or rule.balance.ranges is None:
-            return treat_kernel(kernel, rule, given)
-        assert self.statistics is not None
-        each = jax.lax.map(lambda one: treat_kernel(kernel, rule, one), given)
-        return RangedKernel(each, self.statistics.ranges.edges)
+        edges = () if self.statistics is None else self.statistics.ranges.edges
+        return _treated(kernel, given, rule, edges)
+
+    def _alone(self, path: str, rule: Rule, kernel):
+        """One kernel with error feedback, as a program of its own."""
+        given = self.given(path, kernel.shape[-2])
+        edges = () if self.statistics is None else self.statistics.ranges.edges
+        # the same program for all layers of one shape
+        made = _treated_alone(kernel, given, dataclasses.replace(rule, match=""), edges)
+        check_feedback(path, made)
+        return made
 
     def _signature(self, path: str) -> Any:
         """What two rules must share for their layers to be stacked."""
@@ -136,10 +157,22 @@ class _Treatment:
         ranges = rule.balance and rule.balance.ranges
         return rule.weights, rule.act_bits, rule.act_static, balanced, ranges, rule.rotation
 
-    def _given(self, path: str, k: int) -> Given:
+    def given(self, path: str, k: int) -> Given:
+        """What the rule of a layer needs beside the weights."""
         rule = self.chosen[path]
         assert rule is not None
         return given_of(rule, path, k, self.recipe, self.statistics)
+
+
+def _treated(kernel, given: Given, rule: Rule, edges: tuple[float, ...]):
+    """One kernel; with a balance for each timestep range, one of each."""
+    if rule.balance is None or rule.balance.ranges is None:
+        return treat_kernel(kernel, rule, given)
+    each = [treat_kernel(kernel, rule, given.of_range(r)) for r in range(rule.balance.ranges)]
+    return RangedKernel(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), edges)
+
+
+_treated_alone = jax.jit(_treated, static_argnames=("rule", "edges"))
 
 
 def balance(
@@ -214,7 +247,7 @@ def check_statistics(
 def given_of(
     rule: Rule, layer: str, k: int, recipe: Recipe, statistics: Statistics | None
 ) -> Given:
-    """What a layer's rule needs beside the weights; with a leading axis of ranges where it has."""
+    """What a layer's rule needs beside the weights; absmax and alpha of every range it balances."""
     absmax: Any = None
     alpha: Any = None
     if rule.needs_statistics:
@@ -227,14 +260,34 @@ def given_of(
         alpha = np.asarray(rule.balance.alpha, np.float32)
         if rule.balance.ranges is not None:
             absmax = over_halves(statistics.layers[layer].absmax)
-            signs = None if signs is None else np.broadcast_to(signs, absmax.shape)
     gram: Any = None
     if rule.needs_grams:
         assert statistics is not None
-        gram = statistics.layers[layer].gram
-        ranges = rule.balance and rule.balance.ranges
-        gram = gram if ranges is None else jnp.broadcast_to(gram, (ranges, k, k))
+        gram = _normalized(statistics.layers[layer].gram)
     return Given(absmax, alpha, signs, gram)
+
+
+def check_feedback(layer: str, made: Any) -> None:
+    """That error feedback found codes; not on traced arrays.
+
+    Raises:
+        ValueError: X^T X of the layer's inputs cannot be used.
+    """
+    tensor: Any = made.kernels if isinstance(made, RangedKernel) else made
+    scale = tensor.scale
+    if _is_concrete(scale) and not bool(jnp.isfinite(scale).all()):
+        raise ValueError(
+            f"{layer}: X^T X of its inputs is not positive definite even when damped; collect "
+            "statistics of more samples"
+        )
+
+
+def _normalized(gram) -> Any:
+    """Of mean diagonal 1, in float32: sums over many rows of large inputs may be beyond that."""
+    if not _is_concrete(gram):
+        return gram
+    mean = np.diagonal(gram).astype(np.float64).mean()
+    return (gram / mean if mean > 0 else gram).astype(np.float32)
 
 
 def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:

@@ -10,25 +10,33 @@ from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant import feedback, hadamard, quantizers
 from lowbit_jax.quant.masks import SMALLEST, channel_mask
-from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from lowbit_jax.quant.recipe import Rule
 from pallas_kernels.formats import FORMATS, pack_codes
+
+REFITS = 8  # of ternary scales with error feedback, each followed by another rounding
 
 
 class Given(NamedTuple):
     """What the transforms of one layer need beside its rule; stacked layers lead with an axis.
 
     Attributes:
-        absmax: of each channel of its input; None where the rule needs no statistics.
-        alpha: of the balance, see `quant.masks`.
+        absmax: of each channel of its input; None where the rule needs no statistics. Where a
+            balance has timestep ranges, of each of them.
+        alpha: of the balance, see `quant.masks`; likewise.
         signs: +-1, of the rotation; None where the rule does not rotate.
         gram: X^T X of its input, by any factor; None where weights are rounded without it.
     """
 
-    absmax: Float[Array, "*l k"] | None = None
-    alpha: Float[Array, "*l"] | None = None
+    absmax: Float[Array, "*l *r k"] | None = None
+    alpha: Float[Array, "*l *r"] | None = None
     signs: Float[Array, "*l k"] | None = None
     gram: Float[Array, "*l k k"] | None = None
+
+    def of_range(self, r: int) -> Given:
+        """For one of several timestep ranges."""
+        assert self.absmax is not None and self.alpha is not None
+        return self._replace(absmax=self.absmax[r], alpha=self.alpha[r])
 
 
 NOTHING = Given()
@@ -74,19 +82,21 @@ def treat_weight(
 
 def _quantized(weight: Array, rule: Rule, given: Given, mask, rotation: int | None) -> QTensor:
     """Of a transformed weight, with the transforms of its input."""
-    made = quantize_weight(weight, rule, upper_of(rule, given, mask, rotation))
+    made = quantize_weight(weight, rule, factor_of(rule, given, mask, rotation))
     static = static_scale(rule, given, mask)
     return dataclasses.replace(made, mask=mask, rotation=rotation, act_scale=static)
 
 
-def upper_of(
+def factor_of(
     rule: Rule, given: Given, mask: Float32[Array, "k"] | None, rotation: int | None
-) -> Float32[Array, "k k"] | None:
-    """What GPTQ needs of the inputs, see `feedback.factor`; None for other quantisers."""
+) -> feedback.Factor | None:
+    """What error feedback needs of the inputs, masked and rotated; None for rules without."""
     if not rule.needs_grams:
         return None
     assert given.gram is not None
-    return feedback.factor(given.gram, mask, rotation)
+    gram = transform_rows(jnp.asarray(given.gram), mask, rotation)
+    gram = transform_rows(gram.T, mask, rotation)
+    return feedback.factorize(gram, act_order=True)
 
 
 def _product(first: Array | None, second: Array | None) -> Array | None:
@@ -159,17 +169,17 @@ def quantize_kernel(kernel: Float[Array, "k n"], rule: Rule) -> QTensor:
 
 
 def quantize_weight(
-    weight: Float[Array, "n k"], rule: Rule, upper: Float32[Array, "k k"] | None = None
+    weight: Float[Array, "n k"], rule: Rule, factor: feedback.Factor | None = None
 ) -> QTensor:
     """Quantise one matrix in PyTorch's orientation (n, k), by the formulas of `quant.quantizers`.
 
     Args:
         weight: the matrix, or some of its rows.
         rule: how.
-        upper: for GPTQ, see `upper_of`.
+        factor: for error feedback, see `factor_of`. NaN in it makes scales NaN.
 
     Raises:
-        ValueError: a rule without a weight spec; GPTQ without `upper`.
+        ValueError: a rule without a weight spec; error feedback without `factor`.
     """
     spec = rule.weights
     if spec is None:
@@ -182,13 +192,10 @@ def quantize_weight(
     else:
         bits = FORMATS[spec.format].bits
         codes, scale, zero = _INTEGER[spec.quantizer](weight, bits, **sharing)
-    if spec.quantizer == "gptq":
-        if upper is None:
-            raise ValueError(f"rule '{rule.match}': gptq needs X^T X of the layer's inputs")
-        known = FORMATS[spec.format]
-        codes = feedback.round_with_feedback(
-            weight, upper, scale, zero, group=min(group or k, k), low=-known.high, high=known.high
-        )
+    if spec.feedback:
+        if factor is None:
+            raise ValueError(f"rule '{rule.match}': feedback needs X^T X of the layer's inputs")
+        codes, scale = _with_feedback(weight, factor, spec.format, codes, scale, zero, group or k)
     return QTensor(
         codes=pack_codes(codes, spec.format),
         scale=scale,
@@ -200,12 +207,22 @@ def quantize_weight(
     )
 
 
-_INTEGER = {
-    "absmax": quantizers.absmax,
-    "minmax": quantizers.minmax,
-    "mse": quantizers.mse,
-    "gptq": quantizers.mse,  # its grid
-}
+def _with_feedback(
+    weight: Array, factor: feedback.Factor, format: str, codes, scale, zero, group: int
+) -> tuple[Array, Array]:
+    """Other codes on the grid that was found; of ternary per channel, the best scale for them."""
+    if format == "ternary" and scale.shape == (len(weight), 1):
+        found, fitted, _ = feedback.ternary(weight, factor, (codes, scale, None), refits=REFITS)
+        return found, fitted
+    known = FORMATS[format]
+    low = -known.high if zero is None else known.low  # as the symmetric quantisers have it
+    grid = feedback.Grid(scale, zero, min(group, weight.shape[1]), low, known.high)
+    found, error = feedback.round_to(weight, factor, grid)
+    damaged = jnp.isnan(error) if len(scale) > 1 else jnp.isnan(error).any()[None]
+    return found, jnp.where(damaged[:, None], jnp.nan, scale)
+
+
+_INTEGER = {"absmax": quantizers.absmax, "minmax": quantizers.minmax, "mse": quantizers.mse}
 _TERNARY = {
     "absmean": quantizers.absmean,
     "twn": quantizers.twn,

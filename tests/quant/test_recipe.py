@@ -43,7 +43,7 @@ def test_named_recipes_survive_json(name):
 
 
 def test_every_field_survives_json(tmp_path):
-    spec = WeightSpec(format="int4", quantizer="mse", granularity=64)
+    spec = WeightSpec(format="int4", quantizer="mse", granularity=64, feedback=True)
     rules = (
         Rule(match="a/.*", weights=None),
         Rule(match="b", weights=spec, act_bits=6),
@@ -106,6 +106,7 @@ def rule_json(weights=None, **fields):
         (rule_json(WEIGHTS, act_bits=1), "rule 'a': act_bits 1 outside 2..8"),
         (rule_json(WEIGHTS, act_bits="8"), "rule 'a': act_bits '8' outside 2..8"),
         (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
+        (rule_json(WEIGHTS | {"feedback": 1}), "feedback 1 is no boolean"),
         (rule_json(balance=0.5), "rule 0, balance: expected an object, found float"),
         (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
         (rule_json(balance={"alpha": [0.5, 2]}), "balance: alpha is 2, it lies in 0 to 1"),

@@ -53,6 +53,7 @@ from lowbit_jax.quant.weights import (
     mask_of,
     quantize_weight,
     rotation_of,
+    sample_of,
     static_scale,
     transform_weight,
 )
@@ -326,7 +327,7 @@ def _treat_leaf(
     if rule.balance is not None:  # a mask needs all rows before the first can be treated
         for piece in pieces:
             columns = np.maximum(columns, np.abs(piece).max(axis=0).astype(np.float32))
-    mask = mask_of(rule, jnp.asarray(columns), given)
+    mask = mask_of(rule, jnp.asarray(columns), given, jnp.asarray(sample_of(array)))
     rotation = rotation_of(rule, array.shape[1])
     static = static_scale(rule, given, mask)
     factor = factor_of(rule, given, mask, rotation)

@@ -17,7 +17,6 @@ ViDiT-Q's authors choose layers by probing this incoherence by hand, and sweep a
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,15 +31,13 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit_jax import ops
-from lowbit_jax.calibration.statistics import LayerStatistics, Statistics
+from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.quant.masks import over_runs
 from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
 from lowbit_jax.quant.stacks import Tree, iter_layers, layer_paths
 from lowbit_jax.quant.transform import check_statistics, given_of
-from lowbit_jax.quant.weights import Given, column_absmax, treat_weight
-
-ALPHAS = (0.01, 0.1, 0.25, 0.5, 0.75)
-ROWS, OUTPUTS = 256, 512  # inputs drawn, and outputs looked at, of each layer
+from lowbit_jax.quant.typical import typical_rows
+from lowbit_jax.quant.weights import ALPHAS, Given, column_absmax, sample_of, treat_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,45 +160,15 @@ def incoherence(absmax: Float32[np.ndarray, "k"]) -> float:
     return float(np.max(absmax) / max(np.mean(absmax), np.finfo(np.float32).tiny))
 
 
-def typical_rows(
-    layer: LayerStatistics, path: str, count: int = ROWS
-) -> Float32[np.ndarray, "t k"]:
-    """Inputs of a layer, drawn from its statistics; the same ones for the same path.
-
-    Rows take the halves and timestep ranges in turn, and are normal with the mean and the second
-    moment of each channel there (all second moments, where the layer has X^T X). Nothing is larger
-    than its absmax, and every channel has its absmax once.
-    """
-    seed = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
-    rng = np.random.default_rng(seed)
-    halves, ranges, k = layer.absmax.shape
-    cells = np.arange(count) % (halves * ranges)
-    flat = lambda values: values.reshape(-1, k)[cells].astype(np.float64)  # noqa: E731
-    mean, squares, absmax = flat(layer.mean), flat(layer.second_moment), flat(layer.absmax)
-    normal = rng.standard_normal((count, k))
-    if layer.gram is None:
-        x = mean + np.sqrt(np.maximum(squares - mean**2, 0)) * normal
-    else:
-        values, vectors = np.linalg.eigh(layer.gram / layer.count.sum())
-        x = (normal * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    x = np.clip(x, -absmax, absmax)
-    largest = np.argmax(layer.absmax.reshape(-1, k), axis=0)  # the cell of each channel's absmax
-    repeats = np.maximum((count - largest + halves * ranges - 1) // (halves * ranges), 1)
-    at = np.minimum(largest + halves * ranges * rng.integers(0, repeats), count - 1)
-    sign = np.where(mean[at, np.arange(k)] < 0, -1, 1)
-    x[at, np.arange(k)] = sign * layer.absmax.max(axis=(0, 1))
-    return x.astype(np.float32)
-
-
 def _errors(
     weight: Array, path: str, rule: Rule, alphas, recipe: Recipe, statistics: Statistics, x
 ) -> Iterator[tuple[Combination, float]]:
     """(combination, error) of everything a layer's rule allows."""
-    own = () if rule.balance is None else rule.balance.alphas
+    fixed = rule.balance is not None and rule.balance.alpha != "auto"
+    own = rule.balance.alphas if rule.balance is not None and fixed else ()
     balances = (None,) if rule.balance is None else (None, *sorted({*alphas, *own}))
     rotations = (None,) if rule.rotation is None else (None, rule.rotation)
     columns = column_absmax(weight)
-    step = -(-weight.shape[0] // OUTPUTS)
     for rotation in rotations:
         for alpha in balances:
             combination = Combination(alpha=alpha, rotation=rotation)
@@ -209,7 +176,7 @@ def _errors(
             given = given_of(trial, path, weight.shape[1], recipe, statistics)
             # alpha is an array: one program for all
             trial = dataclasses.replace(trial, match="", balance=trial.balance and Balance(alpha=0))
-            yield combination, float(_error(weight[::step], columns, x, given, trial))
+            yield combination, float(_error(sample_of(weight), columns, x, given, trial))
 
 
 @partial(jax.jit, static_argnames="rule")

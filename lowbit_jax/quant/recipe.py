@@ -63,6 +63,11 @@ class Rule:
         """Whether X^T X of the activations is among them."""
         return self.weights is not None and self.weights.feedback
 
+    @property
+    def chooses_alpha(self) -> bool:
+        """Whether the balance is chosen layer by layer."""
+        return self.balance is not None and self.balance.alpha == "auto"
+
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
             raise RecipeError(f"match {self.match!r} is not a string")
@@ -86,6 +91,8 @@ class Rule:
         for name in ("act_static", "optional"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"rule '{self.match}': {name} is no boolean")
+        if self.chooses_alpha and self.weights is None:
+            raise RecipeError(f"rule '{self.match}': alpha 'auto' needs quantised weights")
         if self.act_static and (self.act_bits is None or self.rotation is not None):
             raise RecipeError(f"rule '{self.match}': act_static needs act_bits and no rotation")
 
@@ -128,6 +135,19 @@ class Recipe:
         """
         rules = (Rule(match=match, weights=None), *self.rules)
         return dataclasses.replace(self, name=f"{self.name} keeping {match}", rules=rules)
+
+    def rounded(self) -> Recipe:
+        """The same recipe without error feedback: it needs no X^T X."""
+
+        def plain(rule: Rule) -> Rule:
+            weights = rule.weights and dataclasses.replace(rule.weights, feedback=False)
+            return dataclasses.replace(rule, weights=weights)
+
+        if not any(rule.needs_grams for rule in self.rules):
+            return self
+        return dataclasses.replace(
+            self, name=f"{self.name} rounded", rules=tuple(map(plain, self.rules))
+        )
 
     def rule_for(self, layer: str) -> Rule | None:
         """The rule that decides for a layer path: the first that matches, None if none does."""
@@ -247,10 +267,13 @@ def _method(name: str, description: str, bits: str, weights: WeightSpec, **optio
     return _time_aware(f"{name}-{bits}", f"{description}, {bits.upper()}", int(bits[1]), rule)
 
 
-def _viditq(bits: str, alpha: float) -> Recipe:
-    balance = Balance(alpha=alpha)
+def _viditq(bits: str) -> Recipe:
+    """Masks chosen layer by layer; below 8 bits codes by error feedback, which needs X^T X."""
+    weights = _CHANNELS[int(bits[1])]
+    weights = dataclasses.replace(weights, feedback=bits != "w8a8")
     text = "ViDiT-Q: static mask, randomised Hadamard rotation, per token"
-    return _method("viditq", text, bits, _CHANNELS[int(bits[1])], balance=balance, rotation="auto")
+    balance = Balance(alpha="auto")
+    return _method("viditq", text, bits, weights, balance=balance, rotation="auto")
 
 
 def _viditq_v1() -> Recipe:
@@ -260,10 +283,9 @@ def _viditq_v1() -> Recipe:
     return _method("viditq-v1", text, "w4a8", _INT4, balance=balance)
 
 
-def _viditq_mixed(alpha: float) -> Recipe:
+def _viditq_mixed() -> Recipe:
     """ViDiT-Q's own tables as one: MLPs (v1, and v2 of PixArt) and first blocks (v2) at 8 bits."""
-    plain = _viditq("w4a8", alpha)
-    rest = plain.rules[-1]
+    rest = _viditq("w4a8").rules[-1]
     more = [
         dataclasses.replace(rest, match=match, weights=_INT8, optional=True)
         for match in (FIRST_BLOCKS, MLPS)
@@ -305,11 +327,11 @@ RECIPES = {
         ),
         _blocks("flux-1.58bit", "ternary weights per channel (exact least squares)", _TERNARY),
         _blocks("flux-1.58bit-a8", "ternary weights, int8 activations per token", _TERNARY, 8),
-        _viditq("w8a8", 0.25),
-        _viditq("w6a6", 0.25),
-        _viditq("w4a8", 0.01),
-        _viditq_mixed(0.01),
-        _viditq("w4a4", 0.25),
+        _viditq("w8a8"),
+        _viditq("w6a6"),
+        _viditq("w4a8"),
+        _viditq_mixed(),
+        _viditq("w4a4"),
         _viditq_v1(),
         *sorted(_rivals(), key=lambda recipe: recipe.name),
     )

@@ -58,16 +58,19 @@ class Balance:
     Attributes:
         alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`. Several: one for each
             timestep range of the statistics, from time 0 upwards, each with a mask and weights of
-            its own, see `lowbit_jax.quant.ranged`.
+            its own, see `lowbit_jax.quant.ranged`. "auto": for each layer the one of a few, or no
+            balance, with the least error of its output, see `lowbit_jax.quant.weights`.
     """
 
-    alpha: float | tuple[float, ...]
+    alpha: float | tuple[float, ...] | str
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, list):  # JSON has no tuples
             object.__setattr__(self, "alpha", tuple(self.alpha))
         if self.alpha == ():
             raise RecipeError("balance: no alpha")
+        if self.alpha == "auto":
+            return
         try:
             for alpha in self.alphas:
                 checked_alpha(alpha)
@@ -75,7 +78,7 @@ class Balance:
             raise RecipeError(f"balance: {error}") from None
 
     @property
-    def alphas(self) -> tuple[float, ...]:
+    def alphas(self) -> tuple[Any, ...]:
         """All of them."""
         return self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
 

@@ -28,6 +28,7 @@ from lowbit_jax.quant.stacks import (
     segments,
     slice_layers,
 )
+from lowbit_jax.quant.typical import typical_rows
 from lowbit_jax.quant.weights import Given, quantize_kernel, quantize_weight, treat_kernel
 
 if TYPE_CHECKING:  # calibration knows quantised trees
@@ -104,7 +105,7 @@ class Treatment:
         rule = self.chosen[layer]
         if rule is None:
             return kernel
-        if rule.needs_grams:
+        if rule.needs_grams or rule.chooses_alpha:
             return self._alone(layer, rule, kernel)
         return self._treated(rule, kernel, self.given(layer, kernel.shape[-2]))
 
@@ -126,7 +127,7 @@ class Treatment:
         rule = self.chosen[paths[0]]
         if rule is None:
             return kernel
-        if rule.needs_grams:  # one Hessian at a time on the device
+        if rule.needs_grams or rule.chooses_alpha:  # what they need is on the device one by one
             at = lambda i: jax.tree.map(lambda leaf: leaf[i], kernel)  # noqa: E731
             made = [self._alone(path, rule, at(i)) for i, path in enumerate(paths)]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
@@ -140,12 +141,13 @@ class Treatment:
         return _treated(kernel, given, rule, edges)
 
     def _alone(self, path: str, rule: Rule, kernel):
-        """One kernel with error feedback, as a program of its own."""
+        """One kernel, as a program of its own."""
         given = self.given(path, kernel.shape[-2])
         edges = () if self.statistics is None else self.statistics.ranges.edges
         # the same program for all layers of one shape
         made = _treated_alone(kernel, given, dataclasses.replace(rule, match=""), edges)
-        check_feedback(path, made)
+        if rule.needs_grams:
+            check_feedback(path, made)
         return made
 
     def _signature(self, path: str) -> Any:
@@ -232,7 +234,8 @@ def check_statistics(
         if chosen[path].needs_grams and statistics.layers[path].gram is None:  # type: ignore[union-attr]
             raise RecipeError(
                 f"recipe '{recipe.name}' needs X^T X of the inputs of {path}, the statistics have "
-                "none: collect them with `grams`, a regular expression for such layers"
+                "none: collect them with `grams`, a regular expression for such layers, or take "
+                "recipe.rounded() (convert_and_quantize --no-feedback)"
             )
         balance = chosen[path].balance  # type: ignore[union-attr]
         if balance is not None and balance.ranges not in (None, len(statistics.ranges)):
@@ -257,14 +260,18 @@ def given_of(
     signs: Any = hadamard.signs(recipe.seed, layer, k) if rotates else None
     if rule.balance is not None:
         assert statistics is not None
-        alpha = np.asarray(rule.balance.alpha, np.float32)
+        alpha = None if rule.chooses_alpha else np.asarray(rule.balance.alpha, np.float32)
         if rule.balance.ranges is not None:
             absmax = over_halves(statistics.layers[layer].absmax)
     gram: Any = None
     if rule.needs_grams:
         assert statistics is not None
         gram = _normalized(statistics.layers[layer].gram)
-    return Given(absmax, alpha, signs, gram)
+    rows: Any = None
+    if rule.chooses_alpha:
+        assert statistics is not None
+        rows = typical_rows(statistics.layers[layer], layer)
+    return Given(absmax, alpha, signs, gram, rows)
 
 
 def check_feedback(layer: str, made: Any) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
@@ -12,8 +14,11 @@ from lowbit_jax.quant import feedback, hadamard, quantizers
 from lowbit_jax.quant.masks import SMALLEST, channel_mask
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from lowbit_jax.quant.recipe import Rule
+from pallas_kernels import reference_rows
 from pallas_kernels.formats import FORMATS, pack_codes
 
+ALPHAS = (0.01, 0.1, 0.25, 0.5, 0.75)  # that are tried where an alpha is to be chosen
+OUTPUTS = 512  # of a layer that are looked at for it
 REFITS = 8  # of ternary scales with error feedback, each followed by another rounding
 
 
@@ -26,12 +31,14 @@ class Given(NamedTuple):
         alpha: of the balance, see `quant.masks`; likewise.
         signs: +-1, of the rotation; None where the rule does not rotate.
         gram: X^T X of its input, by any factor; None where weights are rounded without it.
+        rows: some inputs, where the balance is chosen by the error they give.
     """
 
     absmax: Float[Array, "*l *r k"] | None = None
     alpha: Float[Array, "*l *r"] | None = None
     signs: Float[Array, "*l k"] | None = None
     gram: Float[Array, "*l k k"] | None = None
+    rows: Float[Array, "*l t k"] | None = None
 
     def of_range(self, r: int) -> Given:
         """For one of several timestep ranges."""
@@ -57,7 +64,8 @@ def treat_kernel(
         raise ValueError(
             f"rule '{rule.match}' balances or rotates a kernel that is balanced or rotated already"
         )
-    mask, rotation = mask_of(rule, column_absmax(weight), given), rotation_of(rule, weight.shape[1])
+    mask = mask_of(rule, column_absmax(weight), given, sample_of(weight))
+    rotation = rotation_of(rule, weight.shape[1])
     weight = transform_weight(weight, mask, rotation)
     mask, rotation = _product(done.mask, mask), rotation or done.rotation
     if rule.weights is None:
@@ -76,7 +84,8 @@ def treat_weight(
         given: see there.
         columns: `column_absmax` of the whole matrix.
     """
-    mask, rotation = mask_of(rule, columns, given), rotation_of(rule, weight.shape[1])
+    mask = mask_of(rule, columns, given, sample_of(weight))
+    rotation = rotation_of(rule, weight.shape[1])
     return _quantized(transform_weight(weight, mask, rotation), rule, given, mask, rotation)
 
 
@@ -122,22 +131,63 @@ def column_absmax(weight: Float[Array, "n k"]) -> Float32[Array, "k"]:
     return jnp.max(jnp.abs(weight), axis=0).astype(jnp.float32)
 
 
-def mask_of(rule: Rule, columns: Float32[Array, "k"], given: Given) -> Float32[Array, "k"] | None:
+def sample_of(weight: Any) -> Any:
+    """Some of the rows of (n, k), of jax or numpy, evenly taken: at most `OUTPUTS`."""
+    return weight[:: -(-weight.shape[0] // OUTPUTS)]
+
+
+def mask_of(
+    rule: Rule, columns: Float32[Array, "k"], given: Given, sample: Float[Array, "m k"]
+) -> Float32[Array, "k"] | None:
     """The mask of a rule's balance, with the signs of its rotation; None if it has neither.
 
     Args:
         rule: what to do.
         columns: `column_absmax` of the weights.
-        given: what is needed of it: absmax and alpha to balance, signs to rotate.
+        given: what is needed of it: absmax and alpha to balance, signs to rotate, rows to choose.
+        sample: some rows of the weights, to choose.
     """
     mask = None
-    if rule.balance is not None:
+    if rule.chooses_alpha:
+        mask = _best_mask(rule, columns, given, sample)
+    elif rule.balance is not None:
         assert given.absmax is not None and given.alpha is not None
         mask = channel_mask(given.absmax, columns, given.alpha)
     if rule.rotation is None:
         return mask
     assert given.signs is not None
     return given.signs if mask is None else mask * given.signs
+
+
+def _best_mask(rule: Rule, columns: Array, given: Given, sample: Array) -> Float32[Array, "k"]:
+    """Of no balance and those of `ALPHAS`, the one with which the output's error is least.
+
+    Inputs and weights are transformed and rounded as they will be, without error feedback.
+    """
+    assert given.absmax is not None and given.rows is not None and rule.weights is not None
+    inputs, bits = given.rows, rule.act_bits
+    balanced = [channel_mask(given.absmax, columns, alpha) for alpha in ALPHAS]
+    masks = jnp.stack([jnp.ones_like(columns), *balanced])
+    rotation = rotation_of(rule, sample.shape[1])
+    plain = dataclasses.replace(rule.weights, feedback=False)
+    rounding = dataclasses.replace(rule, weights=plain)
+    dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
+    exact = dot(inputs, sample.astype(jnp.float32).T)
+
+    def error(mask: Array) -> Array:
+        full = mask if given.signs is None else mask * given.signs
+        weight = quantize_weight(transform_weight(sample, full, rotation), rounding)
+        rows = transform_rows(inputs, full, rotation)
+        static = static_scale(rule, given, full)
+        if static is not None and bits is not None:
+            most = 2 ** (bits - 1) - 1
+            rows = jnp.clip(jnp.round(rows / static), -most, most) * static
+        elif bits is not None:
+            codes, scale, _ = reference_rows.quantize_rows(rows, bits)
+            rows = codes * scale
+        return jnp.sum(jnp.square(dot(rows, weight.dequantize_stored().T) - exact))
+
+    return masks[jnp.argmin(jax.lax.map(error, masks))]
 
 
 def rotation_of(rule: Rule, k: int) -> int | None:

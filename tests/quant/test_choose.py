@@ -11,9 +11,11 @@ from rich.console import Console
 from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.calibration.statistics import LayerStatistics
 from lowbit_jax.quant import RECIPES, Balance, Recipe, Rule, WeightSpec, hadamard, quantize
-from lowbit_jax.quant.choose import choices_json, choices_table, choose, incoherence, typical_rows
+from lowbit_jax.quant.choose import choices_json, choices_table, choose, incoherence
 from lowbit_jax.quant.recipe import RecipeError
 from lowbit_jax.quant.stacks import iter_layers
+from lowbit_jax.quant.typical import typical_rows
+from lowbit_jax.quant.weights import ALPHAS as TRIED
 from tests.references.calibration import random_statistics
 
 K, N, ALPHAS = 64, 24, (0.0, 0.5, 1.0)
@@ -125,6 +127,27 @@ def test_real_inputs_may_be_given(params, statistics):
     exact = error(params["even"]["kernel"], x, None, None, None)
     assert choice.errors["nothing"] == pytest.approx(exact, rel=0.01)
     assert set(choice.errors) == {"nothing", "balance 0.5"}
+
+
+def test_alpha_of_auto_is_the_one_of_least_error(params, statistics):
+    """Of those of the library and no balance, by the sums written out above; rotated by rule."""
+    rule = dataclasses.replace(RULE, balance=Balance(alpha="auto"))
+    recipe = Recipe(name="test", rules=(rule,), seed=3)
+    done = quantize(params, recipe, statistics)
+    assert list(done["blocks"]) == ["0"]
+    found = {path: (kernel, i) for path, kernel, i in iter_layers(done)}
+    for path, kernel, index in iter_layers(params):
+        kernel = kernel if index is None else kernel[index]
+        layer, signs = statistics.layers[path], hadamard.signs(3, path, K)
+        x, absmax = typical_rows(layer, path), layer.absmax.max((0, 1))
+        errors = {a: error(kernel, x, absmax, a, signs) for a in (None, *TRIED)}
+        made, i = found[path]
+        made = np.asarray(made.mask if i is None else made.mask[i])
+        largest, absmax = np.abs(kernel).max(1).astype(float), absmax.astype(float)
+        masks = {a: largest ** (1 - a) / absmax**a for a in TRIED} | {None: np.ones(K)}
+        [chosen] = {a for a in masks if np.allclose(made, signs * masks[a], rtol=1e-5)}
+        assert errors[chosen] <= 1.01 * min(errors.values())  # ties may fall otherwise
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
 @pytest.mark.parametrize("gram", [False, True])

@@ -1,5 +1,6 @@
 """Recipes as data: JSON there and back, precedence of rules, errors that name what is wrong."""
 
+import dataclasses
 import json
 
 import pytest
@@ -111,7 +112,8 @@ def rule_json(weights=None, **fields):
         (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
         (rule_json(balance={"alpha": [0.5, 2]}), "balance: alpha is 2, it lies in 0 to 1"),
         (rule_json(balance={"alpha": []}), "balance: no alpha"),
-        (rule_json(balance={"alpha": "auto"}), "balance: alpha is 'auto', it lies in 0 to 1"),
+        (rule_json(balance={"alpha": "best"}), "balance: alpha is 'best', it lies in 0 to 1"),
+        (rule_json(balance={"alpha": "auto"}), "rule 'a': alpha 'auto' needs quantised weights"),
         (rule_json(balance={}), r"rule 0, balance: .*missing fields \['alpha'\]"),
         (rule_json(rotation="half"), "rule 'a': rotation 'half' is neither a block size"),
         (rule_json(rotation=0), "rule 'a': rotation 0 is neither a block size"),
@@ -220,3 +222,13 @@ def test_named_recipes_decide_every_linear_of_every_block_and_no_other(name):
 def test_an_optional_rule_may_decide_nothing():
     rules = (Rule(match="no/.*", weights=INT8, optional=True), Rule(match=".*", weights=INT8))
     assert all(Recipe(name="test", rules=rules).assign(LAYERS).values())
+
+
+def test_rounded_is_without_error_feedback():
+    named = RECIPES["viditq-w4a8"]
+    plain = named.rounded()
+    assert any(rule.needs_grams for rule in named.rules) and named.needs_statistics
+    assert not any(rule.needs_grams for rule in plain.rules)
+    assert plain.name == "viditq-w4a8 rounded" and plain.rounded() is plain
+    kept = [dataclasses.replace(rule, weights=None, act_bits=None) for rule in named.rules[:1]]
+    assert [dataclasses.replace(r, weights=None, act_bits=None) for r in plain.rules[:1]] == kept

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
-from convert.registry import SOURCES, recognise
+from convert.registry import ALL_SOURCES, recognise
 from convert.table import (
     Constant,
     Layout,
@@ -29,7 +29,7 @@ from convert.table import (
     release_leaf,
 )
 from lowbit_jax.checkpoint import Part, iter_parts
-from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.models.registry import MODELS
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
@@ -105,12 +105,12 @@ def plan(
         RecipeError: a rule that decides nothing.
     """
     model, layout = recognise(checkpoint, model)
-    config = SOURCES[model].read_config(checkpoint, layout)
-    params = NETWORKS[model].abstract_params(config, dtype)
+    config = ALL_SOURCES[model].read_config(checkpoint, layout)
+    params = MODELS[model].abstract_params(config, dtype)
     shapes = {
         part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)
     }
-    leaves = expand(layout, config, shapes)
+    leaves = expand(layout, config, shapes, checkpoint.names)
     constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
     check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
     kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]

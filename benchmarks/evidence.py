@@ -30,6 +30,7 @@ from lowbit_jax.checkpoint import iter_parts
 from lowbit_jax.evaluation import metrics
 from lowbit_jax.evaluation.efficientnet import Features, features, resize
 from lowbit_jax.evaluation.metrics import Interval
+from lowbit_jax.quant.qtensor import QTensor, is_qtensor
 from lowbit_jax.quant.recipe import Recipe
 from lowbit_jax.quant.report import size_report
 from lowbit_jax.quant.transform import quantize
@@ -161,7 +162,7 @@ class Bench:
             pictures.reshape(-1, *pictures.shape[-3:]),
             reference.reshape(-1, *reference.shape[-3:]),
         )
-        sizes = size_report(iter_parts(params))
+        sizes = size_report(iter_parts(as_stored(params)))
         return Outcome(
             values={
                 "score": score,
@@ -178,6 +179,19 @@ class Bench:
             bytes=sizes.after,
             seconds=seconds,
         )
+
+
+def as_stored(params: Any) -> Any:
+    """Shapes of parameters with what stays in floating point as a checkpoint has it: bfloat16."""
+
+    def shape(leaf: Any) -> Any:
+        narrow = leaf.dtype == jnp.float32
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16 if narrow else leaf.dtype)
+
+    def stored(leaf: Any) -> Any:
+        return jax.eval_shape(lambda: leaf) if isinstance(leaf, QTensor) else shape(leaf)
+
+    return jax.tree.map(stored, params, is_leaf=is_qtensor)
 
 
 @jax.jit

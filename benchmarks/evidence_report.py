@@ -17,7 +17,7 @@ from lowbit_jax.evaluation.metrics import Interval, difference_interval
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "perceptual", "FD")
+COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "percept.", "FD")
 MARGIN = 130  # pixels for names beside a grid
 
 
@@ -38,7 +38,7 @@ def cells(outcome: Outcome, reference: Outcome) -> list[str]:
 
 def table(rows: Mapping[str, Outcome], title: str) -> Table:
     """For the terminal; the first row is the reference."""
-    out = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    out = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("recipe", no_wrap=True)
     for column in COLUMNS:
         out.add_column(column, justify="right", no_wrap=True)
@@ -112,8 +112,9 @@ def _percent(interval: Interval) -> str:
 
 
 def _number(interval: Interval, digits: int) -> str:
-    mean, low, high = (f"{value:.{digits}f}" for value in interval)
-    return f"{mean} [{low}, {high}]"
+    """Mean and the wider half of its interval."""
+    half = max(interval.mean - interval.low, interval.high - interval.mean)
+    return f"{interval.mean:.{digits}f} ±{half:.{digits}f}"
 
 
 def _distance(outcome: Outcome, reference: Outcome) -> str:

@@ -15,17 +15,18 @@ import numpy as np
 import tyro
 
 from benchmarks.demo import MODEL
-from benchmarks.nouns_pool import MAX_LEN
-from benchmarks.train_nouns import load_ema
+from benchmarks.nouns_model import MAX_LEN
+from benchmarks.training import load_ema
 from convert.export import export_diffusers
 from lowbit_jax.evaluation import nouns
+from lowbit_jax.models.flux import FluxConfig
 
 PROMPTS = 128
 
 
 def ship(run: tyro.conf.Positional[Path]) -> None:
     """Export the averaged weights of the newest checkpoint of a training run."""
-    config, params = load_ema(run)
+    config, params = load_ema(run, FluxConfig)
     transformer = MODEL / "transformer"
     shutil.rmtree(transformer, ignore_errors=True)
     export_diffusers(transformer, params, "flux", config, dtype=jnp.bfloat16)

@@ -169,7 +169,7 @@ def test_the_network_starts_at_zero_and_its_blocks_go_to_muon(small):
 
 
 def test_loss_of_a_clip(small):
-    """At the start the velocity is 0, so the loss is the mean square of data - noise."""
+    """At the start the network gives 0, so the loss is the mean square of data / t."""
     config, params = small
     scene = made_up_scene()
     attrs = moving_nouns.sample_attrs(np.random.default_rng(0), 6, scene)
@@ -179,9 +179,10 @@ def test_loss_of_a_clip(small):
     assert caption_mask(txt).sum(axis=1).tolist() == [20] * 6
     loss = jax.jit(jax.value_and_grad(make_loss(config, jnp.float32)))
     value, grads = loss(params, key, clips, txt)
-    noise = jax.random.normal(jax.random.split(key, 3)[0], (6, 48, 8, 8, 8))
-    target = moving_nouns.to_latent(clips / 127.5 - 1) - np.asarray(noise)
-    np.testing.assert_allclose(value, np.square(target).mean(), rtol=1e-5)
+    u = (np.arange(6) + jax.random.uniform(jax.random.split(key, 3)[1], (6,))) / 6
+    data, t = moving_nouns.to_latent(clips / 127.5 - 1), np.maximum(4 * u / (1 + 3 * u), 0.2)
+    expected = (np.square(data).mean(axis=(1, 2, 3, 4)) / t**2).mean()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert jnp.abs(grads["final_layer"]["linear"]["kernel"]).max() > 0
 
 
@@ -195,10 +196,13 @@ def test_sampled_clips_are_clips(small):
     config, params = small
     model = STDiTTransformer(config)
     txt = np.ones((2, MAX_LEN, TEXT_WIDTH), np.float32)
-    noise = make_noise(config, 2, seed=4)
-    clips = sample_clips(model, params, noise, txt, steps=2)
-    pixels = moving_nouns.from_latent(np.asarray(noise), 4)  # a velocity of 0 leaves the noise
-    np.testing.assert_allclose(clips, np.clip(127.5 * pixels + 127.5, 0, 255), rtol=1e-5)
+    final = params["final_layer"]["linear"]
+    bias = jnp.tile(jnp.linspace(-1.5, 1.5, 48), 4)  # patches are laid out "row column channel"
+    params = params | {"final_layer": params["final_layer"] | {"linear": final | {"bias": bias}}}
+    clips = sample_clips(model, params, make_noise(config, 2, seed=4), txt, steps=2)
+    latents = np.broadcast_to(np.linspace(-1.5, 1.5, 48)[:, None, None, None], (2, 48, 8, 8, 8))
+    expected = np.clip(127.5 * moving_nouns.from_latent(latents) + 127.5, 0, 255)
+    np.testing.assert_allclose(clips, expected, atol=1e-3)  # the data it gives, whatever the noise
 
 
 def test_contact_sheet():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
+from convert.lora import Lora, read_loras
 from convert.registry import SOURCES, recognise
 from convert.table import (
     Constant,
@@ -30,6 +32,7 @@ from convert.table import (
 )
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.quant.lora import LowRank
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
@@ -59,6 +62,8 @@ class Job:
         constants: what the source stores and the model computes: values to compare with.
         rules: how each layer path is quantised; None keeps the kernel.
         abstract: the output tree as shapes, if every weight is finite.
+        loras: LoRA files that are added to the weights before anything else.
+        updates: what they add, by layer path.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +76,8 @@ class Job:
     constants: dict[Constant, np.ndarray]
     rules: dict[str, Rule | None]
     abstract: dict[str, Any]
+    loras: tuple[Lora, ...] = ()
+    updates: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
     def sizes(self, archive: bool = False) -> SizeReport:
         """Bytes before and after, from shapes."""
@@ -82,26 +89,37 @@ class Job:
         leaf = max(_source_bytes(self.checkpoint, leaf.sources) for leaf in self.leaves)
         rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
         part = max(size_report([part]).after for part in iter_parts(self.abstract))
+        merged = max((4 * math.prod(x.shape) for x in self.leaves if self.update(x)), default=0)
         # a leaf twice: the pages read, and the matrix fused from them
-        return int(BASE_BYTES + 2 * leaf + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
+        return int(BASE_BYTES + 2 * leaf + merged + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
 
     def source_bytes(self, parts: Collection[str]) -> int:
         """Bytes that are read to make these parts."""
         leaves = (leaf for leaf in self.leaves if leaf.part in parts)
         return sum(_source_bytes(self.checkpoint, leaf.source_shapes()) for leaf in leaves)
 
+    def update(self, leaf: Leaf) -> LowRank | None:
+        """What LoRA files add to a leaf; None when that is nothing."""
+        return self.updates.get(leaf.layer_path) if leaf.is_kernel else None
+
     def rule(self, leaf: Leaf) -> Rule | None:
         """How a leaf is quantised; None when it stays in floating point."""
-        return self.rules[_layer_path(leaf)] if leaf.is_kernel else None
+        return self.rules[leaf.layer_path] if leaf.is_kernel else None
 
 
 def plan(
-    checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: Any = jnp.bfloat16
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    model: str = "auto",
+    dtype: Any = jnp.bfloat16,
+    loras: Sequence[Lora] = (),
 ) -> Job:
     """Recognise a checkpoint, check every name, shape and dtype, and lay out the result; no memory.
 
     Raises:
-        CheckpointError: not a known model, or tensors that are unknown, missing or mis-shaped.
+        CheckpointError: not a known model, or tensors that are unknown, missing or mis-shaped; a
+            LoRA file that does not fit it (`lora.read_lora`).
         RecipeError: a rule that decides nothing.
     """
     model, layout = recognise(checkpoint, model)
@@ -113,7 +131,7 @@ def plan(
     leaves = expand(layout, config, shapes)
     constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
     check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
-    kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
+    kernels = [leaf.layer_path for leaf in leaves if leaf.is_kernel]
     return Job(
         checkpoint=checkpoint,
         model=model,
@@ -125,6 +143,8 @@ def plan(
         constants=constants,
         rules=recipe.assign(kernels),
         abstract=jax.eval_shape(partial(quantize, recipe=recipe), params),
+        loras=tuple(loras),
+        updates=read_loras(loras, model, config),
     )
 
 
@@ -186,6 +206,7 @@ def run(
 
 def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint's manifest says about its origin."""
+    loras = {"loras": [lora.to_json() for lora in job.loras]} if job.loras else {}
     return {
         "model": job.model,
         "config": dataclasses.asdict(job.config),
@@ -195,18 +216,31 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
             "layout": job.layout.name,
             "files": digests,
             "notes": list(job.checkpoint.notes),
+            **loras,
         },
     }
 
 
 def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     array = read_leaf(job.checkpoint, leaf)
+    if update := job.update(leaf):
+        array = _merge(array, update)
     rule = job.rule(leaf)
     if rule is not None:
         tensor, finite = _quantize_leaf(array, rule)
         if finite or not keep:
             return tensor, finite
     return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
+
+
+def _merge(array: np.ndarray, update: LowRank) -> np.ndarray:
+    """A matrix (n, k) and its update, in float32: a small one must not be rounded away."""
+    down, up = (np.ascontiguousarray(part.T, np.float32) for part in update)
+    merged = np.empty(array.shape, np.float32)
+    for start in range(0, len(array), ROWS):
+        rows = slice(start, start + ROWS)
+        merged[rows] = array[rows].astype(np.float32) + up[rows] @ down
+    return merged
 
 
 def _quantize_leaf(array: np.ndarray, rule: Rule) -> tuple[QTensor, bool]:
@@ -252,8 +286,3 @@ def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarr
 
 def _source_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.info(name).nbytes for name in names)
-
-
-def _layer_path(leaf: Leaf) -> str:
-    linear = leaf.path.rsplit("/", 1)[0]
-    return f"{leaf.part}/{linear}" if "/" in leaf.part else linear

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit_jax.quant.masks import checked_alpha
 from pallas_kernels.formats import FORMATS
 
 INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
@@ -43,28 +44,60 @@ class WeightSpec:
             raise RecipeError(
                 f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
             )
-        if isinstance(self.granularity, bool) or not (
-            self.granularity in ("channel", "tensor")
-            or (isinstance(self.granularity, int) and self.granularity > 0)
-        ):
+        if not (self.granularity in ("channel", "tensor") or _is_positive(self.granularity)):
             raise RecipeError(
                 f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """How the channels of a linear's input are balanced with its weights; needs statistics.
+
+    Attributes:
+        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        try:
+            checked_alpha(self.alpha)
+        except ValueError as error:
+            raise RecipeError(f"balance: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What to do with the kernels whose layer path matches.
+    """What to do with the kernels whose layer path matches: balance, rotate, quantise.
 
     Attributes:
         match: regular expression for the whole layer path, such as "double_blocks/3/img_attn/qkv".
         weights: how to quantise; None keeps the kernel in floating point.
         act_bits: bits of the per-token activations (2..8); None leaves them in floating point.
+        balance: a mask between input and weights; None for none.
+        rotation: of input and weights, by a randomised Hadamard matrix: block size, "full" for the
+            whole width, "auto" for the largest block that the kernels rotate in the pass that
+            quantises, and else "full"; None for none.
+        optional: the rule may decide nothing, as those of recipes for many networks.
     """
 
     match: str
     weights: WeightSpec | None
     act_bits: int | None = None
+    balance: Balance | None = None
+    rotation: int | str | None = None
+    optional: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the rule leaves kernels as they are."""
+        return self.weights is None and self.balance is None and self.rotation is None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of the activations are needed."""
+        return self.balance is not None
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
@@ -81,6 +114,13 @@ class Rule:
             type(self.act_bits) is int and 2 <= self.act_bits <= 8
         ):
             raise RecipeError(f"rule '{self.match}': act_bits {self.act_bits!r} outside 2..8")
+        if not (self.rotation in (None, "full", "auto") or _is_positive(self.rotation)):
+            raise RecipeError(
+                f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
+                "nor 'auto'"
+            )
+        if not isinstance(self.optional, bool):
+            raise RecipeError(f"rule '{self.match}': optional {self.optional!r} is no boolean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +133,18 @@ class Recipe:
         on_nonfinite: "error" stops on a NaN or inf weight, naming it; "keep" leaves that matrix in
             floating point.
         description: one line for people.
+        seed: of the signs of rotations, with the layer path: see `hadamard.signs`.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     on_nonfinite: str = "error"
     description: str = ""
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.seed) is not int:
+            raise RecipeError(f"seed {self.seed!r} is no integer")
         if self.on_nonfinite not in ("error", "keep"):
             raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
 
@@ -119,13 +163,17 @@ class Recipe:
         return None if index is None else self.rules[index]
 
     def assign(self, layers: list[str]) -> dict[str, Rule | None]:
-        """How each layer path is quantised; None for those that stay in floating point.
+        """How each layer path is treated; None for those that stay as they are.
 
         Raises:
             RecipeError: some rules decide nothing; names all of them and an example of a path.
         """
         deciding = {self._first_match(layer) for layer in layers}
-        idle = [rule.match for index, rule in enumerate(self.rules) if index not in deciding]
+        idle = [
+            rule.match
+            for index, rule in enumerate(self.rules)
+            if index not in deciding and not rule.optional
+        ]
         if idle:
             example = f"; layers look like '{layers[len(layers) // 2]}'" if layers else ""
             raise RecipeError(
@@ -133,7 +181,7 @@ class Recipe:
                 f"{', '.join(map(repr, idle))}{example}"
             )
         chosen = {layer: self.rule_for(layer) for layer in layers}
-        return {layer: rule if rule and rule.weights else None for layer, rule in chosen.items()}
+        return {layer: rule and (None if rule.keeps else rule) for layer, rule in chosen.items()}
 
     def _first_match(self, layer: str) -> int | None:
         matches = (i for i, rule in enumerate(self.rules) if re.fullmatch(rule.match, layer))
@@ -158,8 +206,16 @@ class Recipe:
             if item.get("weights") is not None:
                 spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
                 item["weights"] = WeightSpec(**spec)
+            if item.get("balance") is not None:
+                item["balance"] = Balance(
+                    **_fields(Balance, item["balance"], f"rule {number}, balance")
+                )
             rules.append(Rule(**item))
         return Recipe(**(fields | {"rules": tuple(rules)}))
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The shipped video model under recipes, same noise: `python -m benchmarks.video_samples`.
 
 Writes OUT/sheet.png (rows: exact clip, then recipes; columns: frames) and OUT/scores.json (every
-score of every clip), and prints the means.
+score of every clip), and prints the means with bootstrap intervals over the clips.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from benchmarks.moving_nouns_model import (
 from convert.minilm import load_minilm
 from convert.port import port
 from lowbit_jax.evaluation import clip_scores, moving_nouns
+from lowbit_jax.evaluation.metrics import mean_interval, psnr
 from lowbit_jax.models.registry import build
 
 MODEL = Path(__file__).parent.parent / "checkpoints" / "moving-nouns-stdit"
 BATCH = 16  # clips sampled at a time
+TO_FLOAT = "psnr_to_float"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,8 @@ def main(options: Options) -> dict[str, dict[str, np.ndarray]]:
         with console.status(f"{recipe}: {len(exact)} clips, {options.steps} steps"):
             clips[recipe] = sample_recipe(recipe, prompts, options)
         scores[recipe] = clip_scores.scores(scene, clips[recipe], prompts.attrs)
+        if recipe != "float" and "float" in clips:
+            scores[recipe][TO_FLOAT] = psnr(clips[recipe] / 255, clips["float"] / 255)
     rows = {
         f"{i + 1}  {name}": found[i] / 255
         for i in range(min(options.shown, len(exact)))
@@ -123,10 +127,12 @@ def main(options: Options) -> dict[str, dict[str, np.ndarray]]:
 def _table(scores: dict[str, dict[str, np.ndarray]]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in ("of", "score", *scores):
-        table.add_column(heading, justify="left" if heading in ("of", "score") else "right")
-    for name, metric in clip_scores.METRICS.items():
-        means = [f"{found[name].mean():.3f}" for found in scores.values()]
-        table.add_row(metric.group, name, *means)
+        table.add_column(heading)
+    groups = {name: metric.group for name, metric in clip_scores.METRICS.items()}
+    for name, group in (groups | {TO_FLOAT: "quality"}).items():
+        found = (values.get(name) for values in scores.values())
+        cells = ["-" if x is None else str(mean_interval(x.astype(float))) for x in found]
+        table.add_row(group, name, *cells)
     return table
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
 from lowbit_jax.evaluation import moving_nouns
+from lowbit_jax.evaluation.metrics import psnr
 from lowbit_jax.evaluation.moving_nouns import DIRECTIONS, KINDS, PARTS, SPEEDS, Scene
 
 BACKGROUND = KINDS.index("background")
@@ -91,8 +92,8 @@ def scores(
     return {
         **right_parts(scene, picture, seen),
         "background": background == attrs[:, BACKGROUND],
-        "picture_psnr": _psnr(_mean_square(picture - target)),
-        "frame_psnr": _psnr(_mean_square(clips - exact)),
+        "picture_psnr": psnr(picture / 255, target / 255),
+        "frame_psnr": psnr(clips / 255, exact / 255),
         "frame_error": np.sqrt(_mean_square(clips - exact)),
         **right_motion(found, attrs),
         **_distances(found, attrs),
@@ -194,8 +195,3 @@ def _with(attrs: Int[np.ndarray, "b 6"], column: int, value) -> Int[np.ndarray, 
 
 def _mean_square(x: Float[np.ndarray, "b ..."]) -> Float[np.ndarray, "b"]:
     return np.square(x).reshape(len(x), -1).mean(axis=1)
-
-
-def _psnr(error: Float[np.ndarray, "b"]) -> Float[np.ndarray, "b"]:
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(255.0**2 / error)

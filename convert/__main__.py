@@ -39,6 +39,8 @@ class Arguments:
     keep: str | None = None
     """Layers to keep in floating point, against the recipe: a regular expression for their paths,
     such as '.*/cross_attn/kv_linear'."""
+    stats: Path | None = None
+    """Statistics of the model's activations (convert.statistics), for recipes that balance."""
     out: Path | None = None
     """Folder to write; needed unless --dry-run."""
     model: str = "auto"
@@ -95,8 +97,14 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite, arguments.resume)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
-        dtype = DTYPES[arguments.dtype]
-        job = plan(checkpoint, recipe, model=arguments.model, dtype=dtype, loras=loras)
+        job = plan(
+            checkpoint,
+            recipe,
+            model=arguments.model,
+            dtype=DTYPES[arguments.dtype],
+            statistics=arguments.stats,
+            loras=loras,
+        )
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
         if not arguments.dry_run:

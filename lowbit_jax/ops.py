@@ -172,11 +172,23 @@ def _float_rows(x, weight: QTensor, before):
 def _quantized_rows(x, weight: QTensor, before) -> QuantizedRows:
     assert weight.act_bits is not None
     mask, rotation = weight.mask, weight.rotation
+    if weight.act_scale is not None:
+        return _static_rows(_transformed(x, mask, rotation, before), weight)
     if rotation is not None and rotation not in ROTATIONS:
         rows = _transformed(x, mask, rotation, before)
         return api.quantize_rows(rows, weight.act_bits)
     quantize = api.quantize_rows if before is None else before.quantize_rows
     return quantize(x, weight.act_bits, mask, rotation)
+
+
+def _static_rows(x, weight: QTensor) -> QuantizedRows:
+    """Rows by a scale that was fixed before: what is beyond the largest code is clipped."""
+    assert weight.act_bits is not None and weight.act_scale is not None
+    qmax = 2 ** (weight.act_bits - 1) - 1
+    codes = jnp.clip(jnp.round(x / weight.act_scale), -qmax, qmax).astype(jnp.int8)
+    finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
+    scale = jnp.where(finite, weight.act_scale, jnp.nan)  # damage shows, as it does per token
+    return QuantizedRows(codes, scale, jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32))
 
 
 def _transformed(x, mask, rotation, before) -> Float32[Array, "... k"]:

@@ -44,6 +44,7 @@ class QTensor:
         mask: multiplies the channels of the input before anything else: a balance, and in its signs
             those of a randomised rotation; None for neither.
         rotation: block size of the rotation of the input after the mask; None for none.
+        act_scale: one scale for all rows of the input, whatever they hold; None for one of each.
     """
 
     codes: Int8[Array, "... n k"] | UInt8[Array, "... n bytes"]
@@ -56,6 +57,7 @@ class QTensor:
     layout_version: int = _static(LAYOUT_VERSION)
     mask: Float32[Array, "... k"] | None = None
     rotation: int | None = _static()
+    act_scale: Float32[Array, "..."] | None = None
 
     @property
     def layers(self) -> int:

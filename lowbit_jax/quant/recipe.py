@@ -79,6 +79,8 @@ class Rule:
         rotation: of input and weights, by a randomised Hadamard matrix: block size, "full" for the
             whole width, "auto" for the largest block that the kernels rotate in the pass that
             quantises, and else "full"; None for none.
+        act_static: one scale for all tokens, steps and samples, from statistics, instead of one per
+            token: the naive baseline. Not with a rotation: statistics are of channels as they are.
         optional: the rule may decide nothing, as those of recipes for many networks.
     """
 
@@ -87,6 +89,7 @@ class Rule:
     act_bits: int | None = None
     balance: Balance | None = None
     rotation: int | str | None = None
+    act_static: bool = False
     optional: bool = False
 
     @property
@@ -97,7 +100,7 @@ class Rule:
     @property
     def needs_statistics(self) -> bool:
         """Whether statistics of the activations are needed."""
-        return self.balance is not None
+        return self.balance is not None or self.act_static
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
@@ -119,8 +122,11 @@ class Rule:
                 f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
                 "nor 'auto'"
             )
-        if not isinstance(self.optional, bool):
-            raise RecipeError(f"rule '{self.match}': optional {self.optional!r} is no boolean")
+        for name in ("act_static", "optional"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"rule '{self.match}': {name} is no boolean")
+        if self.act_static and (self.act_bits is None or self.rotation is not None):
+            raise RecipeError(f"rule '{self.match}': act_static needs act_bits and no rotation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +153,11 @@ class Recipe:
             raise RecipeError(f"seed {self.seed!r} is no integer")
         if self.on_nonfinite not in ("error", "keep"):
             raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any rule needs statistics of the activations."""
+        return any(rule.needs_statistics for rule in self.rules)
 
     def keeping(self, match: str) -> Recipe:
         """The same recipe, but kernels whose whole layer path matches stay in floating point.
@@ -239,6 +250,12 @@ BLOCK_LINEARS = r"[a-z_]*blocks/\d+/.*"  # every linear inside a transformer blo
 CAPTION_KEYS_VALUES = r".*/cross_attn/kv_linear"
 
 
+# Linears inside blocks that make shifts, scales and gates of the time: one row for each sample.
+MODULATIONS = r"[a-z_]*blocks/\d+/(adaLN_modulation|(\w+_mod|modulation)/lin)"
+MLPS = r"[a-z_]*blocks/\d+/(.*/)?(\w+_)?mlp/.*"
+FIRST_BLOCKS = r"[a-z_]*blocks/0/.*"
+
+
 def _blocks(
     name: str, description: str, weights: WeightSpec, act_bits: int | None = None
 ) -> Recipe:
@@ -250,6 +267,65 @@ _INT8 = WeightSpec(format="int8", quantizer="absmax")
 _INT4 = WeightSpec(format="int4", quantizer="mse")
 _INT4_GROUPS = WeightSpec(format="int4", quantizer="minmax", granularity=128)
 _TERNARY = WeightSpec(format="ternary", quantizer="least_squares")
+_CHANNELS = {8: _INT8, 6: WeightSpec(format="int6", quantizer="mse"), 4: _INT4}
+_GROUPS = {
+    bits: WeightSpec(format=f"int{bits}", quantizer="minmax", granularity=128) for bits in (8, 6, 4)
+}
+_NAIVE = {bits: WeightSpec(format=f"int{bits}", quantizer="absmax") for bits in (8, 4)}
+
+
+def _time_aware(name: str, description: str, bits: int, *rules: Rule) -> Recipe:
+    """A recipe whose modulations have groups of 128 weights and floating inputs.
+
+    They are a third of a DiT or FLUX and a thousandth of its products: their bytes count, their
+    speed does not, and their errors reach every token. So for all methods alike.
+    """
+    modulations = Rule(match=MODULATIONS, weights=_GROUPS[bits], optional=True)
+    return Recipe(name=name, rules=(modulations, *rules), description=description)
+
+
+def _method(name: str, description: str, bits: str, weights: WeightSpec, **options: Any) -> Recipe:
+    """One method at "w4a8" and the like."""
+    rule = Rule(match=BLOCK_LINEARS, weights=weights, act_bits=int(bits[3]), **options)
+    return _time_aware(f"{name}-{bits}", f"{description}, {bits.upper()}", int(bits[1]), rule)
+
+
+def _viditq(bits: str, alpha: float) -> Recipe:
+    balance = Balance(alpha=alpha)
+    text = "ViDiT-Q: static mask, randomised Hadamard rotation, per token"
+    return _method("viditq", text, bits, _CHANNELS[int(bits[1])], balance=balance, rotation="auto")
+
+
+def _viditq_mixed(alpha: float) -> Recipe:
+    """ViDiT-Q's own tables as one: MLPs (v1, and v2 of PixArt) and first blocks (v2) at 8 bits."""
+    plain = _viditq("w4a8", alpha)
+    rest = plain.rules[-1]
+    more = [
+        dataclasses.replace(rest, match=match, weights=_INT8, optional=True)
+        for match in (FIRST_BLOCKS, MLPS)
+    ]
+    text = "ViDiT-Q W4A8, mixed: MLPs and first blocks at 8 bits"
+    return _time_aware("viditq-w4a8-mp", text, 4, *more, rest)
+
+
+def _rivals() -> list[Recipe]:
+    smooth = {"w8a8": 0.625, "w6a6": 0.625, "w4a8": 0.11, "w4a4": 0.5}  # v1's; SmoothQuant's
+    text = "static activations, one scale per tensor"
+    found = [
+        _method("naive", text, bits, _NAIVE[int(bits[1])], act_static=True)
+        for bits in ("w8a8", "w4a8")
+    ]
+    for bits, alpha in smooth.items():
+        weights = _CHANNELS[int(bits[1])]
+        groups = _GROUPS[int(bits[1])]
+        balance = Balance(alpha=alpha)
+        found += [
+            _method("smoothquant", "channels balanced", bits, weights, balance=balance),
+            _method("quarot", "whole rows rotated", bits, weights, rotation="full"),
+            _method("qdit", "groups of 128 weights, min-max", bits, groups),
+        ]
+    return found
+
 
 RECIPES = {
     recipe.name: recipe
@@ -265,6 +341,12 @@ RECIPES = {
         ),
         _blocks("flux-1.58bit", "ternary weights per channel (exact least squares)", _TERNARY),
         _blocks("flux-1.58bit-a8", "ternary weights, int8 activations per token", _TERNARY, 8),
+        _viditq("w8a8", 0.25),
+        _viditq("w6a6", 0.25),
+        _viditq("w4a8", 0.01),
+        _viditq_mixed(0.01),
+        _viditq("w4a4", 0.25),
+        *sorted(_rivals(), key=lambda recipe: recipe.name),
     )
 }
 

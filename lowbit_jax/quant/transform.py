@@ -121,7 +121,10 @@ class _Treatment:
     def _signature(self, path: str) -> Any:
         """What two rules must share for their layers to be stacked."""
         rule = self.chosen[path]
-        return rule and (rule.weights, rule.act_bits, rule.balance is not None, rule.rotation)
+        if rule is None:
+            return None
+        balanced = rule.balance is not None
+        return rule.weights, rule.act_bits, rule.act_static, balanced, rule.rotation
 
     def _given(self, path: str, k: int) -> Given:
         rule = self.chosen[path]
@@ -192,9 +195,10 @@ def given_of(
     """What a layer's rule needs beside the weights."""
     absmax: Any = None
     alpha: Any = None
-    if rule.balance is not None:
+    if rule.needs_statistics:
         assert statistics is not None  # check_statistics
         absmax = over_runs(statistics.layers[layer].absmax)
+    if rule.balance is not None:
         alpha = np.float32(rule.balance.alpha)
     rotates = rule.rotation is not None
     signs: Any = hadamard.signs(recipe.seed, layer, k) if rotates else None

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant import hadamard, quantizers
-from lowbit_jax.quant.masks import channel_mask
+from lowbit_jax.quant.masks import SMALLEST, channel_mask
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.quant.recipe import Rule
 from pallas_kernels.formats import FORMATS, pack_codes
@@ -19,7 +19,7 @@ class Given(NamedTuple):
     """What the transforms of one layer need beside its rule; stacked layers lead with an axis.
 
     Attributes:
-        absmax: of each channel of its input; None where the rule does not balance.
+        absmax: of each channel of its input; None where the rule needs no statistics.
         alpha: of the balance, see `quant.masks`.
         signs: +-1, of the rotation; None where the rule does not rotate.
     """
@@ -55,7 +55,21 @@ def treat_kernel(
     rotation = rotation or done.rotation
     if rule.weights is None:
         return TransformedKernel(weight.T.astype(done.dtype), mask, rotation)
-    return dataclasses.replace(quantize_weight(weight, rule), mask=mask, rotation=rotation)
+    static = static_scale(rule, given, mask)
+    made = quantize_weight(weight, rule)
+    return dataclasses.replace(made, mask=mask, rotation=rotation, act_scale=static)
+
+
+def static_scale(
+    rule: Rule, given: Given, mask: Float32[Array, "k"] | None
+) -> Float32[Array, ""] | None:
+    """The one scale of a static rule's inputs: the largest ever seen is the largest code."""
+    if not rule.act_static:
+        return None
+    assert given.absmax is not None and rule.act_bits is not None
+    largest = jnp.max(given.absmax if mask is None else given.absmax * jnp.abs(mask))
+    scale = largest.astype(jnp.float32) * jnp.float32(1 / (2 ** (rule.act_bits - 1) - 1))
+    return jnp.where(scale < SMALLEST, 1.0, scale)
 
 
 def column_absmax(weight: Float[Array, "n k"]) -> Float32[Array, "k"]:

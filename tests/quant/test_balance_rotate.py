@@ -274,3 +274,31 @@ def test_what_is_refused():
     bad["head"]["kernel"][0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN or inf in head"):
         rotate(bad, match=".*")
+
+
+@pytest.mark.parametrize("alpha", [None, 0.4])
+def test_static_scales_equal_float64(alpha):
+    """One scale of all rows, of the largest value in the statistics; the rest is clipped."""
+    params = tree()
+    stats = statistics(params)
+    chosen = None if alpha is None else Balance(alpha=alpha)
+    rule = Rule(match=".*", weights=INT8, act_bits=8, balance=chosen, act_static=True)
+    done = quantize(params, Recipe(name="test", rules=(rule,)), stats)
+    assert list(done["blocks"]) == ["0"]
+    x = normal(B, T, 192) * 3
+    x[0, 0] = 0
+    x[1, 1, 3] = 1e4
+    for path, kernel in layers(done).items():
+        mask, _ = oracle(path, layers(params)[path], stats, alpha, None, 0)
+        scale = (stats.layers[path].absmax.max((0, 1)) * mask).max() / 127
+        np.testing.assert_allclose(kernel.act_scale, scale, rtol=1e-5)
+        rows = np.clip(np.rint(exactly.gelu(x.astype(float)) * mask / scale), -127, 127) * scale
+        stored = np.asarray(kernel.dequantize_stored(), float)
+        expected = rows @ stored.T
+        error = np.abs(np.asarray(jax.jit(ops.linear)(x, kernel, before=Gelu())) - expected)
+        assert (error <= 1e-5 * np.abs(expected).max() + 1.01 * scale * np.abs(stored).max()).all()
+        assert error.mean() < 1e-4 * np.abs(expected).max()
+        x[0, 1, 0] = np.nan
+        bad = np.isfinite(ops.linear(x, kernel)).all(-1)
+        np.testing.assert_array_equal(bad, [[True, False, True], [True, True, True]])
+        x[0, 1, 0] = 0

@@ -3,14 +3,16 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
-from lowbit_jax.checkpoint import OutputError
+from lowbit_jax.checkpoint import OutputError, abstract_parts, read_manifest
 from lowbit_jax.cli import main
 from lowbit_jax.pipelines import FluxPipeline
 from lowbit_jax.pipelines.folder import PipelineError
+from lowbit_jax.quant.report import size_report
 
 pytest.importorskip("diffusers", reason="the reference is diffusers")
 pytest.importorskip("transformers", reason="the reference is diffusers")
@@ -54,6 +56,14 @@ def converted(sources, tmp_path_factory):
 FLOAT = ("--recipe", "float")
 
 
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def manifests(pipeline):
+    return {part: read_manifest(pipeline.folder / part) for part in pipeline.configs}
+
+
 @pytest.mark.filterwarnings("ignore:.*does not see")
 @pytest.mark.parametrize("kind", ["dev", "schnell"])
 def test_pictures_equal_those_of_diffusers(sources, converted, kind):
@@ -72,9 +82,16 @@ def test_pictures_equal_those_of_diffusers(sources, converted, kind):
         assert ours.shape == (12, 20, 3)
         assert np.abs(ours - 255 * theirs).max() < 0.5 + 255 * 1e-4
     lean = FluxPipeline(converted(kind, *FLOAT), sequential=True)
-    for ours, again in zip(found, lean(PROMPTS, **options), strict=True):
+    held = {}
+    before = live_bytes()
+    watch = lambda stage, done, total: held.update({stage: live_bytes() - before})  # noqa: E731
+    for ours, again in zip(found, lean(PROMPTS, progress=watch, **options), strict=True):
         np.testing.assert_array_equal(ours, again.pixels)
-    assert not lean._parts
+    # at the end of each stage: its own part, and what goes from stage to stage
+    parts = {part: size_report(abstract_parts(m)).after for part, m in manifests(lean).items()}
+    for stage in parts:
+        assert parts[stage] <= held[stage] < parts[stage] + 50_000 < sum(parts.values()) / 1.4
+    assert live_bytes() - before < 50_000
     alone = pipeline(PROMPTS[1], **options | {"noise": noise[1:]})
     np.testing.assert_array_equal(alone[0].pixels, found[1])
 

@@ -18,7 +18,7 @@ from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.stacks import Tree, map_stacks
 from lowbit_jax.quant.transform import Treatment, decide
-from lowbit_jax.quant.weights import quantize_weight, treat_kernel
+from lowbit_jax.quant.weights import quantize_weight, static_scale, treat_kernel
 from pallas_kernels.formats import FORMATS, pack_codes
 
 if TYPE_CHECKING:  # calibration knows quantised trees
@@ -56,7 +56,7 @@ class Feedback:
 def quantize_with_feedback(
     params: Tree,
     recipe: Recipe,
-    grams: Mapping[str, Float[Array, "k k"]],
+    grams: Mapping[str, Float[Any, "k k"]],
     options: Feedback = Feedback(),
     statistics: Statistics | None = None,
 ) -> dict[str, Any]:
@@ -121,8 +121,9 @@ class _Compensation(Treatment):
         assert rule is not None
         if rule.balance is not None or rule.rotation is not None:  # first, as a float32 kernel
             kernel = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), kernel)
-        before = dataclasses.replace(rule, weights=None, act_bits=None)
-        done = treat_kernel(kernel, before, self.given(path, kernel.shape[-2]))
+        before = dataclasses.replace(rule, weights=None, act_bits=None, act_static=False)
+        given = self.given(path, kernel.shape[-2])
+        done = treat_kernel(kernel, before, given)
         if rule.weights is None:
             return done
         assert isinstance(done, TransformedKernel)
@@ -133,12 +134,13 @@ class _Compensation(Treatment):
                 f"{path}: its X^T X is not positive definite with damping "
                 f"{self.options.damping:g}, or holds NaN; more samples or more damping help"
             )
-        return dataclasses.replace(tensor, mask=done.mask, rotation=done.rotation)
+        static = static_scale(rule, given, done.mask)
+        return dataclasses.replace(tensor, mask=done.mask, rotation=done.rotation, act_scale=static)
 
 
 def share_grams(
-    grams: Mapping[str, Float[Array, "k k"]], groups: list[list[str]]
-) -> dict[str, Float[Array, "k k"]]:
+    grams: Mapping[str, Float[Any, "k k"]], groups: list[list[str]]
+) -> dict[str, Float[Any, "k k"]]:
     """Give one Hessian to all layers that see the same input, such as FLUX's modulation.
 
     Args:

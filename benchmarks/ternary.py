@@ -13,20 +13,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.demo import save_grid
-from benchmarks.ternary_judge import Judge, Verdict
+from benchmarks.evidence import Bench, Outcome
+from benchmarks.evidence_report import beats, save_grid, table
+from benchmarks.evidence_subjects import Amount, nouns_subject
+from benchmarks.ternary_judge import Judge, Losses, with_activations
 from benchmarks.ternary_rungs import RUNGS, Sizes, Workshop
 from lowbit_jax import checkpoint
-from lowbit_jax.evaluation import metrics, nouns
-from lowbit_jax.quant.qtensor import is_qtensor
+from lowbit_jax.evaluation import nouns
 from lowbit_jax.quant.recipe import RECIPES
-from lowbit_jax.quant.report import size_report
 
 QUICK = Sizes(
     prompts=24, gram_prompts=8, rows=96, block_steps=10, scale_steps=6, code_steps=10, batch=8
@@ -42,10 +40,19 @@ class Options:
     quick: bool = False
     """Little training and few captions, in OUT-quick."""
     rungs: tuple[str, ...] = tuple(RUNGS)
-    """Which; each needs those it starts from."""
+    """Which; those they start from must be among them or done before."""
     captions: int = 128
-    """Held-out captions that judge, at most 128, each with two noises."""
+    """Held-out captions that judge, at most 128."""
     sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What was found of one rung."""
+
+    outcome: Outcome
+    losses: Losses
+    minutes: float
 
 
 def main(options: Options) -> dict[str, Any]:
@@ -56,107 +63,113 @@ def main(options: Options) -> dict[str, Any]:
         options = replace(options, out=out, captions=min(options.captions, 16), sizes=QUICK)
     options.out.mkdir(parents=True, exist_ok=True)
     shop = Workshop(options.out, options.sizes, console)
-    judge = Judge(shop, options.captions)
-    verdicts: dict[str, Verdict] = {}
-    for name in ("float", *options.rungs):
-        params, seconds = _rung(shop, options.out, name)
-        file = options.out / f"{name}-{options.captions}.npz"
-        verdicts[name] = judge.cached(file, params, seconds)
-        console.print(f"{name}: {verdicts[name].summary()}")
-    best = max(options.rungs, key=lambda name: verdicts[name].score)
-    eight = judge.cached(
-        options.out / f"{best}-a8-{options.captions}.npz",
-        with_activations(checkpoint.load(options.out / "models" / best).params, 8),
-        0.0,
+    judge = Judge(shop)
+    bench = Bench(nouns_subject(Amount(captions=options.captions), console), options.out / "judged")
+    rungs: dict[str, Rung] = {}
+    for name in options.rungs:
+        params, minutes = _made(shop, name)
+        outcome = bench.params(name, asdict(options.sizes), lambda tree=params: tree)
+        rungs[name] = Rung(outcome=outcome, losses=judge(params), minutes=minutes)
+        console.print(f"{name}: score {outcome.interval('score')}")
+    best = max(rungs, key=lambda name: rungs[name].outcome.values["score"].mean())
+    eight = bench.params(
+        f"{best}-a8", asdict(options.sizes), lambda: with_activations(shop.rung(best), 8)
     )
-    report = {name: verdict.to_json(verdicts["float"]) for name, verdict in verdicts.items()}
-    report[f"{best} + int8 activations"] = eight.to_json(verdicts["float"])
-    report["settings"] = {"captions": options.captions, **asdict(options.sizes)}
-    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
-    save_grid(options.out / "grid.png", {n: v.pictures for n, v in verdicts.items()})
-    show(verdicts, eight, best, console)
-    sizes = size_report(
-        checkpoint.iter_parts(checkpoint.load(options.out / "models" / best).params)
-    )
-    absmean = verdicts["absmean"].score if "absmean" in verdicts else float("nan")
-    console.print(
-        f"figure: float_score={verdicts['float'].score:.4f} absmean_score={absmean:.4f} "
-        f"best_ternary_score={verdicts[best].score:.4f} a8_score={eight.score:.4f} "
-        f"storage_ratio={sizes.ratio:.3f}",
-        soft_wrap=True,
-    )
-    return report
+    return report(options, bench.reference[2], rungs, best, eight, console)
 
 
-def _rung(shop: Workshop, out: Path, name: str) -> tuple[Any, float]:
-    """The parameters of a rung and the seconds of the call that finished it, now or before."""
-    if name == "float":
-        return shop.params, 0.0
-    folder, times = out / "models" / name, out / f"{name}.seconds.json"
-    if not times.exists():
+def _made(shop: Workshop, name: str) -> tuple[Any, float]:
+    """The parameters of a rung and the minutes of the call that finished it, now or before."""
+    file = shop.out / "models" / f"{name}.minutes.json"
+    if not file.exists():
         start = time.perf_counter()
         made = RUNGS[name](shop)
-        seconds = time.perf_counter() - start
+        minutes = (time.perf_counter() - start) / 60
+        (shop.out / "models").mkdir(exist_ok=True)
         checkpoint.save(
-            folder,
+            shop.out / "models" / name,
             made,
             model="flux",
             config=shop.saved.config,
             recipe=RECIPES["flux-1.58bit"],
             overwrite=True,
         )
-        times.write_text(json.dumps(seconds))
-    return checkpoint.load(folder).params, json.loads(times.read_text())
+        file.write_text(json.dumps(minutes))
+    return shop.rung(name), json.loads(file.read_text())
 
 
-def with_activations(params: Any, bits: int) -> Any:
-    """The same model with activations quantised per token: nothing else changes."""
-    return jax.tree.map(
-        lambda leaf: replace(leaf, act_bits=bits) if is_qtensor(leaf) else leaf,
-        params,
-        is_leaf=is_qtensor,
+def report(
+    options: Options,
+    floats: Outcome,
+    rungs: dict[str, Rung],
+    best: str,
+    eight: Outcome,
+    console: Console,
+) -> dict[str, Any]:
+    """Print and write everything."""
+    outcomes = {"float": floats, **{name: rung.outcome for name, rung in rungs.items()}}
+    outcomes[f"{best} + int8"] = eight
+    console.print(table(outcomes, f"{options.captions} held-out captions, same noise"))
+    console.print(_attributes(outcomes))
+    console.print(_steps(rungs))
+    console.print(_layers(rungs))
+    save_grid(options.out / "grid.png", outcomes)
+    scores = {name: float(outcome.values["score"].mean()) for name, outcome in outcomes.items()}
+    found = {
+        "settings": {"captions": options.captions, **asdict(options.sizes)},
+        "scores": {n: outcome.interval("score")._asdict() for n, outcome in outcomes.items()},
+        "rungs": {n: {**asdict(r.losses), "minutes": r.minutes} for n, r in rungs.items()},
+    }
+    (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    ratio = 16 / outcomes[best].bits  # against bfloat16, over everything stored
+    console.print(
+        f"figure: float_score={scores['float']:.4f} "
+        f"absmean_score={scores.get('absmean', float('nan')):.4f} "
+        f"best_ternary_score={scores[best]:.4f} a8_score={scores[f'{best} + int8']:.4f} "
+        f"storage_ratio={ratio:.3f}",
+        soft_wrap=True,
     )
+    return found
 
 
-def show(verdicts: dict[str, Verdict], eight: Verdict, best: str, console: Console) -> None:
-    """The tables."""
-    table = Table(box=None, pad_edge=False, title="held-out captions, same noise")
-    columns = ("score [95 %]", *nouns.KINDS, "PSNR", "SSIM", "velocity dB", "against below", "min")
-    table.add_column("rung", no_wrap=True)
+def _table(title: str, *columns: str) -> Table:
+    made = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    before = None
-    for name, v in [*verdicts.items(), (f"{best} + int8", eight)]:
-        step = "-"
-        if before is not None and not name.endswith("int8"):
-            step = str(metrics.difference_interval(v.right.mean(1), before.right.mean(1)))
-        kinds = [f"{share:.3f}" for share in v.right.mean(0)]
-        floats = verdicts["float"]
-        row = (
-            str(metrics.mean_interval(v.right.mean(1))),
-            *kinds,
-            f"{v.psnr(floats):.1f}",
-            f"{v.ssim(floats).mean():.3f}",
-            f"{v.velocity_db.mean():.1f}",
-            step,
-            f"{v.seconds / 60:.1f}",
+        made.add_column(column, no_wrap=True)
+    return made
+
+
+def _attributes(outcomes: dict[str, Outcome]) -> Table:
+    """Single parts right, both of the pair never seen together, all four; and the one before."""
+    columns = (*nouns.KINDS, "head+accessory", "all four", "score above the one before [95 %]")
+    made, before = _table("share of captions", "rung", *columns), None
+    for name, outcome in outcomes.items():
+        right = [outcome.values[kind] > 0 for kind in nouns.KINDS]
+        pair = right[nouns.KINDS.index("head")] & right[nouns.KINDS.index("accessory")]
+        every = [*right, pair, right[0] & right[1] & right[2] & right[3]]
+        step = "-" if before is None else str(beats(outcome, before, "score"))
+        made.add_row(name, *(f"{x.mean():.3f}" for x in every), step)
+        before = outcome
+    return made
+
+
+def _steps(rungs: dict[str, Rung]) -> Table:
+    made = _table("SNR of the velocity, dB, every third step from noise on; minutes", "rung", "dB")
+    made.add_column("min", justify="right")
+    for name, rung in rungs.items():
+        numbers = " ".join(f"{x:5.1f}" for x in rung.losses.velocity[::3])
+        made.add_row(name, numbers, f"{rung.minutes:.1f}")
+    return made
+
+
+def _layers(rungs: dict[str, Rung]) -> Table:
+    made = _table("SNR of weights / of products on held-out inputs, dB", "layers", *rungs)
+    for kind in next(iter(rungs.values())).losses.weights:
+        cells = (
+            f"{r.losses.weights[kind]:.1f} / {r.losses.products[kind]:.1f}" for r in rungs.values()
         )
-        table.add_row(name, *row)
-        before = v if name != "float" else None
-    console.print(table)
-    layers = Table(box=None, pad_edge=False, title="SNR of products on held-out inputs, dB")
-    layers.add_column("layers", no_wrap=True)
-    shown = {name: v for name, v in verdicts.items() if v.layers}
-    for name in shown:
-        layers.add_column(name, justify="right", no_wrap=True)
-    for layer in next(iter(shown.values())).layers if shown else ():
-        layers.add_row(layer, *(f"{v.layers[layer]['output']:.1f}" for v in shown.values()))
-    console.print(layers)
-    times = Table(box=None, pad_edge=False, title="SNR of the velocity by step, noise first, dB")
-    for name, v in verdicts.items():
-        if name != "float":
-            times.add_row(name, *(f"{x:.1f}" for x in np.asarray(v.velocity_db)))
-    console.print(times)
+        made.add_row(kind, *cells)
+    return made
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from lowbit_jax import checkpoint
 from lowbit_jax.calibration import drivers
 from lowbit_jax.calibration.collect import Run, Sample, collect
 from lowbit_jax.distill import latent, split, train
-from lowbit_jax.distill.blocks import reconstruct
+from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
 from lowbit_jax.distill.trajectories import Trajectories
 from lowbit_jax.distill.velocity import velocity_loss
 from lowbit_jax.evaluation import nouns
@@ -126,6 +126,18 @@ def _recipe(quantizer: str, granularity: str = "channel", rotation: Any = None) 
     )
 
 
+def _sequential(shop: Workshop) -> Any:
+    return feedback_blocks(
+        shop.run,
+        shop.params,
+        RECIPES["flux-1.58bit"],
+        shop.data,
+        FEEDBACK,
+        rows=shop.sizes.rows,
+        folder=shop.out,
+    )
+
+
 def _feedback(shop: Workshop, recipe: Recipe) -> Any:
     grams = shop.grams(shop.sizes.gram_prompts, CALIBRATION_SEED, held_out=False)
     return quantize_with_feedback(shop.params, recipe, grams, FEEDBACK)
@@ -135,7 +147,7 @@ def _blocks(shop: Workshop) -> Any:
     found = reconstruct(
         shop.train_run,
         shop.params,
-        shop.rung("feedback"),
+        shop.rung("sequential-feedback"),
         shop.data,
         shop.options(shop.sizes.block_steps, 3e-4),
         rows=shop.sizes.rows,
@@ -168,7 +180,7 @@ def _scales(shop: Workshop) -> Any:
 
 
 def _codes(shop: Workshop) -> Any:
-    tree = latent.latents(shop.params, shop.rung("reconstruct"))
+    tree = latent.latents(shop.params, shop.rung("sequential-feedback"))
     return _distill(shop, "codes", tree, split.CODES, shop.sizes.code_steps, 3e-4)
 
 
@@ -185,6 +197,7 @@ RUNGS: dict[str, Callable[[Workshop], Any]] = {
     "least-squares": lambda shop: quantize(shop.params, RECIPES["flux-1.58bit"]),
     "feedback": lambda shop: _feedback(shop, RECIPES["flux-1.58bit"]),
     "rotated-feedback": lambda shop: _feedback(shop, _recipe("least_squares", rotation="auto")),
+    "sequential-feedback": _sequential,
     "reconstruct": _blocks,
     "scales": _scales,
     "codes": _codes,

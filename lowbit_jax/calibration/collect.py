@@ -143,7 +143,7 @@ def collect(
     if resume is not None:
         _check_resumed(resume, run, params)
     before = 0 if resume is None else resume.samples
-    program, digest, done = jax.jit(_step(run)), _digest(run, params), 0
+    program, digest, done = jax.jit(_step(run)), run_digest(run, params), 0
     sums = Sums(len(run.halves), run.ranges, {} if resume is None else resume.layers)
     steps = [jax.tree.map(lambda leaf, i=i: leaf[i], run.steps) for i in range(len(run.steps))]
     with Progress(console=console, transient=True, disable=console is None) as progress:
@@ -224,7 +224,7 @@ def _check_resumed(resume: Statistics, run: Run, params: Any) -> None:
     resume.check(params, run.ranges)
 
 
-def _digest(run: Run, params: Any) -> str:
+def run_digest(run: Run, params: Any) -> str:
     """Of the settings, and of every parameter: its shape and 64 numbers of each layer or row."""
     model = run.model
     settings = (run.name, run.config, model.dtype, run.ranges, run.guidance, run.scale, run.grams)  # type: ignore[attr-defined]

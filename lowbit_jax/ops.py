@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lowbit_jax.quant.fake import FakeQuantKernel
 from lowbit_jax.quant.qtensor import QTensor
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
@@ -25,7 +26,7 @@ class Before(Protocol):
 
 def linear(
     x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor,
+    kernel: Float[Array, "k n"] | QTensor | FakeQuantKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -36,7 +37,8 @@ def linear(
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
     without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
-    what comes after the sum in it (`pallas_kernels.api`).
+    what comes after the sum in it (`pallas_kernels.api`). A `FakeQuantKernel` stands for the same
+    numbers in float32.
 
     The gradient of a quantised product is that of the floating-point product with the weights its
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
@@ -55,6 +57,9 @@ def linear(
     k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if isinstance(kernel, FakeQuantKernel):
+        rows = kernel.rows(x, before)
+        return _float_linear(rows, kernel.kernel, bias, None, gate, residual).astype(x.dtype)
     product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
     return product(x, kernel, bias, before, gate, residual)
 

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.job import Job, manifest, plan, run
+from convert.lora import Lora
 from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
 from lowbit_jax.quant.recipe import RECIPES, load_recipe
@@ -38,6 +39,8 @@ class Arguments:
     keep: str | None = None
     """Layers to keep in floating point, against the recipe: a regular expression for their paths,
     such as '.*/cross_attn/kv_linear'."""
+    stats: Path | None = None
+    """Statistics of the model's activations (convert.statistics), for recipes that balance."""
     out: Path | None = None
     """Folder to write; needed unless --dry-run."""
     model: str = "auto"
@@ -46,6 +49,10 @@ class Arguments:
     """Part of a training checkpoint; auto takes the moving average (ema) where there is one."""
     dtype: Literal["bf16", "f32"] = "bf16"
     """Of parameters that stay in floating point."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to add to the weights before they are quantised: FILE, or FILE=STRENGTH."""
+    lora_skip: str | None = None
+    """Keys of the LoRA files to leave out, as a regular expression: 'lora_te.*', say."""
     dry_run: bool = False
     """Check the checkpoint's names and shapes and show the plan; read no weights."""
     overwrite: bool = False
@@ -84,10 +91,20 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     recipe = load_recipe(arguments.recipe)
     if arguments.keep is not None:
         recipe = recipe.keeping(arguments.keep)
+    if arguments.lora_skip is not None and not arguments.lora:
+        raise ValueError("--lora-skip leaves out keys of --lora, and none is given")
+    loras = [Lora.parse(text, arguments.lora_skip) for text in arguments.lora]
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite, arguments.resume)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
-        job = plan(checkpoint, recipe, model=arguments.model, dtype=DTYPES[arguments.dtype])
+        job = plan(
+            checkpoint,
+            recipe,
+            model=arguments.model,
+            dtype=DTYPES[arguments.dtype],
+            statistics=arguments.stats,
+            loras=loras,
+        )
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
         if not arguments.dry_run:
@@ -102,6 +119,12 @@ def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
     )
     for note in job.checkpoint.notes:
         console.print(note, soft_wrap=True)
+    if job.loras:
+        files = ", ".join(f"{lora.path.name} x {lora.strength:g}" for lora in job.loras)
+        rank = max(update.down.shape[1] for update in job.updates.values())
+        console.print(
+            f"merging {files}: {len(job.updates)} linears, rank up to {rank}", soft_wrap=True
+        )
     console.print(size_table(sizes, f"plan: recipe '{job.recipe.name}'"))
     console.print(
         f"{sizes.bits_per_weight:.3f} bits per weight over everything stored; "

@@ -24,7 +24,7 @@ from convert.table import Layout, Leaf, expand, split_leaf
 from lowbit_jax.checkpoint import OutputError, iter_parts, load
 from lowbit_jax.checkpoint_parts import leaf_at
 from lowbit_jax.models.registry import NETWORKS, read_config
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 
 
 def export_diffusers(
@@ -104,6 +104,8 @@ def _source_tensor(params: Mapping[str, Any], leaf: Leaf, name: str, dtype: Any)
 def _to_source(value: Any, is_kernel: bool, dtype: Any) -> np.ndarray:
     if isinstance(value, QTensor):
         return np.asarray(value.dequantize(dtype))
+    if isinstance(value, TransformedKernel):
+        value = value.restore(jnp.float32)
     array = jnp.asarray(value, dtype)
     return np.asarray(array.T if is_kernel else array)
 

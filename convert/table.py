@@ -124,6 +124,12 @@ class Leaf:
         """Whether this is the matrix of a linear."""
         return self.path.rsplit("/", 1)[-1] == "kernel"
 
+    @property
+    def layer_path(self) -> str:
+        """Of the linear this belongs to, such as "double_blocks/3/img_attn/qkv"."""
+        linear = self.path.rsplit("/", 1)[0]
+        return f"{self.part}/{linear}" if "/" in self.part else linear
+
     def source_shapes(self) -> dict[str, tuple[int, ...]]:
         """Expected shape of every source tensor, copies too."""
         shapes = {

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from lowbit_jax.quant.fake import FakeQuantKernel
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
+from lowbit_jax.quant.lora import LoraKernel
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from pallas_kernels import api
+from pallas_kernels.reference_rows import ROTATIONS
 from pallas_kernels.rows import QuantizedRows
 
 
@@ -20,13 +22,22 @@ class Before(Protocol):
     def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """In floating point."""
 
-    def quantize_rows(self, x: Float[Array, "b t k"], bits: int) -> QuantizedRows:
-        """The same, quantised per row, in one pass where there is a kernel for it."""
+    def quantize_rows(
+        self,
+        x: Float[Array, "b t k"],
+        bits: int,
+        mask: Float32[Array, "k"] | None = None,
+        rotation: int | None = None,
+    ) -> QuantizedRows:
+        """The same, quantised per row, in one pass where there is a kernel for it.
+
+        After a mask and a rotation of block size 64, 128 or 256: see `api.quantize_rows`.
+        """
 
 
 def linear(
     x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor | FakeQuantKernel,
+    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | FakeQuantKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -40,8 +51,13 @@ def linear(
     what comes after the sum in it (`pallas_kernels.api`). A `FakeQuantKernel` stands for the same
     numbers in float32.
 
+    A `QTensor` or `TransformedKernel` that is balanced or rotated takes `(before(x) * mask) @ R`,
+    in float32 up to the codes. Blocks of 64, 128 and 256 are rotated in the pass that quantises,
+    other sizes by small matrix products before it.
+
     The gradient of a quantised product is that of the floating-point product with the weights its
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
+    A `LoraKernel` adds its branch, which sees the input as it is, to the product of its base.
 
     Args:
         x: input.
@@ -57,11 +73,18 @@ def linear(
     k = logical_shape(kernel)[-2]
     if x.shape[-1] != k:
         raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if isinstance(kernel, LoraKernel):
+        residual = _add_branch(x, kernel, before, gate, residual)
+        return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
     if isinstance(kernel, FakeQuantKernel):
-        rows = kernel.rows(x, before)
-        return _float_linear(rows, kernel.kernel, bias, None, gate, residual).astype(x.dtype)
-    product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
-    return product(x, kernel, bias, before, gate, residual)
+        return _fake_linear(x, kernel, bias, before, gate, residual)
+    if isinstance(kernel, QTensor):
+        return _quantized_linear(x, kernel, bias, before, gate, residual)
+    if isinstance(kernel, TransformedKernel):
+        dtype = x.dtype
+        x = _transformed(x, kernel.mask, kernel.rotation, before).astype(dtype)
+        kernel, before = kernel.kernel, None
+    return _float_linear(x, kernel, bias, before, gate, residual)
 
 
 def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
@@ -78,6 +101,12 @@ def logical_shape(kernel) -> tuple[int, ...]:
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
 
 
+def _add_branch(x, kernel: LoraKernel, before, gate, residual):
+    """What a low-rank branch adds, as part of the residual: the product is left as it is."""
+    side = _float_linear(x, kernel.down.astype(x.dtype), None, before, None, None)
+    return _float_linear(side, kernel.up.astype(x.dtype), None, None, gate, residual)
+
+
 def _float_linear(x, kernel, bias, before, gate, residual):
     if before is not None:
         x = before(x)
@@ -88,6 +117,16 @@ def _float_linear(x, kernel, bias, before, gate, residual):
     if gate is not None:
         y = over_tokens(gate, y) * y
     return y if residual is None else residual + y
+
+
+def _fake_linear(x, fake: FakeQuantKernel, bias, before, gate, residual):
+    """In float32 up to the end, whatever the dtype of x, as the kernels' epilogue is."""
+    kernel: Any = fake.kernel
+    mask, rotation = None, None
+    if isinstance(kernel, TransformedKernel):
+        kernel, mask, rotation = kernel.kernel, kernel.mask, kernel.rotation
+    rows = fake_quantize_rows(_transformed(x, mask, rotation, before), fake.act_bits)
+    return _float_linear(rows, kernel, bias, None, gate, residual).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -119,10 +158,9 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
     n, k = weight.shape
     if weight.act_bits is None:
-        rows = (x if before is None else before(x)).reshape(-1, k)
+        rows = _float_rows(x, weight, before).reshape(-1, k)
     else:
-        quantize = api.quantize_rows if before is None else before.quantize_rows
-        parts = quantize(x, weight.act_bits)
+        parts = _quantized_rows(x, weight, before)
         rows = QuantizedRows(*(part.reshape(-1, part.shape[-1]) for part in parts))
     y = api.matmul(
         rows,
@@ -137,6 +175,42 @@ def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
         out_dtype=x.dtype if x.dtype == jnp.bfloat16 else jnp.float32,
     )
     return y.astype(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _float_rows(x, weight: QTensor, before):
+    if weight.mask is None and weight.rotation is None:
+        return x if before is None else before(x)
+    return _transformed(x, weight.mask, weight.rotation, before).astype(x.dtype)
+
+
+def _quantized_rows(x, weight: QTensor, before) -> QuantizedRows:
+    assert weight.act_bits is not None
+    mask, rotation = weight.mask, weight.rotation
+    if weight.act_scale is not None:
+        return _static_rows(_transformed(x, mask, rotation, before), weight)
+    if rotation is not None and rotation not in ROTATIONS:
+        rows = _transformed(x, mask, rotation, before)
+        return api.quantize_rows(rows, weight.act_bits)
+    quantize = api.quantize_rows if before is None else before.quantize_rows
+    return quantize(x, weight.act_bits, mask, rotation)
+
+
+def _static_rows(x, weight: QTensor) -> QuantizedRows:
+    """Rows by a scale that was fixed before: what is beyond the largest code is clipped."""
+    assert weight.act_bits is not None and weight.act_scale is not None
+    qmax = 2 ** (weight.act_bits - 1) - 1
+    codes = jnp.clip(jnp.round(x / weight.act_scale), -qmax, qmax).astype(jnp.int8)
+    finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
+    scale = jnp.where(finite, weight.act_scale, jnp.nan)  # damage shows, as it does per token
+    return QuantizedRows(codes, scale, jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32))
+
+
+def _transformed(x, mask, rotation, before) -> Float32[Array, "... k"]:
+    """`(before(x) * mask) @ R`, all of it in float32, as the kernels compute it."""
+    x = x.astype(jnp.float32)
+    if before is not None:
+        x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)(x)
+    return transform_rows(x, mask, rotation)
 
 
 def _quantized_linear_fwd(*operands):

@@ -9,14 +9,15 @@ path: weights are quantised by `quantize_kernel` itself, rows by the formula of
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
+from lowbit_jax.quant.qtensor import TransformedKernel
 from lowbit_jax.quant.recipe import Rule, WeightSpec
 from lowbit_jax.quant.stacks import (
     Tree,
@@ -26,10 +27,7 @@ from lowbit_jax.quant.stacks import (
     map_stacks,
     segments,
 )
-from lowbit_jax.quant.transform import quantize_kernel
-
-if TYPE_CHECKING:
-    from lowbit_jax.ops import Before
+from lowbit_jax.quant.weights import quantize_kernel
 
 # 1 / qmax by bits, rounded to float32 on the host: a GPU's own division may be off in the last bit
 _STEPS = np.array([0, 0, *(1 / (2 ** (bits - 1) - 1) for bits in range(2, 9))], np.float32)
@@ -41,24 +39,18 @@ class FakeQuantKernel:
     """A floating kernel whose inputs are fake-quantised per row, to bits that are an array.
 
     Attributes:
-        kernel: (k, n), whatever happened to it; layer axes lead, as everywhere.
+        kernel: (k, n), balanced and rotated or not; layer axes lead, as everywhere. The input is
+            masked and rotated before it is quantised.
         act_bits: 2 to 8; 0 leaves the input in floating point. Traced: no bits cost a compilation.
     """
 
-    kernel: Float[Array, "*l k n"]
+    kernel: Float[Array, "*l k n"] | TransformedKernel
     act_bits: Int32[Array, "*l"]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the kernel, layer axes too."""
         return self.kernel.shape
-
-    def rows(self, x: Float[Array, "... k"], before: Before | None) -> Float32[Array, "... k"]:
-        """What is multiplied: `before(x)`, fake-quantised; float32 from x on, as in the kernels."""
-        x = x.astype(jnp.float32)
-        if before is not None:
-            x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)(x)
-        return fake_quantize_rows(x, self.act_bits)
 
 
 @jax.tree_util.register_dataclass
@@ -157,7 +149,7 @@ def fake_quantize(
     the choices are.
 
     Args:
-        params: floating parameters.
+        params: floating parameters, balanced and rotated or not.
         choices: of `choose`.
         menu: what the weights may be quantised to.
     """
@@ -166,13 +158,17 @@ def fake_quantize(
         choice = choices.get("/".join(path))
         if choice is None:
             return kernel
-        weights = jnp.asarray(choice.weights)
-        if weights.ndim == 0:
-            weight = fake_quantize_kernel(kernel, weights, menu)
-        else:  # one layer at a time, and only those that are chosen
-            weight = jax.lax.map(
-                lambda pair: fake_quantize_kernel(pair[0], pair[1], menu), (kernel, weights)
-            )
+        weight = kernel.kernel if isinstance(kernel, TransformedKernel) else kernel
+        weight = _fake_layers(weight, jnp.asarray(choice.weights), menu)
+        if isinstance(kernel, TransformedKernel):
+            weight = replace(kernel, kernel=weight)
         return FakeQuantKernel(weight, jnp.asarray(choice.act_bits))
 
     return map_kernels(params, fake)
+
+
+def _fake_layers(kernel, choice: Int32[Array, "*l"], menu: Sequence[WeightSpec]) -> Array:
+    """Stacked or not; of a stack one layer at a time, and only what is chosen."""
+    if choice.ndim == 0:
+        return fake_quantize_kernel(kernel, choice, menu)
+    return jax.lax.map(lambda pair: fake_quantize_kernel(pair[0], pair[1], menu), (kernel, choice))

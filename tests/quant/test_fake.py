@@ -11,7 +11,8 @@ from lowbit_jax.models.layers import AdaLN, Gelu
 from lowbit_jax.quant.fake import FakeQuantKernel, choose, fake_quantize, fake_quantize_rows
 from lowbit_jax.quant.recipe import BLOCK_LINEARS, Recipe, Rule, WeightSpec
 from lowbit_jax.quant.stacks import iter_layers
-from lowbit_jax.quant.transform import dequantize, quantize, quantize_weight
+from lowbit_jax.quant.transform import dequantize, quantize, rotate
+from lowbit_jax.quant.weights import quantize_weight
 from pallas_kernels.reference_rows import quantize_rows
 from tests.references import flux_files
 from tests.references.calibration import random_params
@@ -115,6 +116,20 @@ def test_weights_are_those_the_codes_stand_for(fake_small, index):
         np.testing.assert_array_equal(weight, kernel if i is None else kernel[i], err_msg=path)
         assert int(bits) == (6 if path in layers else 0)
     np.testing.assert_array_equal(made["norm"]["scale"], tree["norm"]["scale"])
+
+
+def test_a_rotated_model_is_that_of_its_integer_path():
+    """Mask and rotation of the input come before its bits, those of the kernel before its codes."""
+    tree, rng = rotate(small_tree(), match="outside", rotation=64, seed=3), np.random.default_rng(1)
+    x = rng.standard_normal((5, 64), np.float32) * 10.0 ** rng.integers(-1, 2, (1, 64))
+    made = fake_quantize(tree, choose(tree, {"outside": (2, 8)}), SPECS)
+    rule = Rule(match="outside", weights=SPECS[1], act_bits=8)
+    real = quantize(tree, Recipe(name="r", rules=(rule,)))
+    products = [ops.linear(jnp.float32(x), t["outside"]["kernel"]) for t in (made, real, tree)]
+    assert real["outside"]["kernel"].rotation == 64
+    size = np.abs(products[2]).max()
+    assert np.abs(products[0] - products[1]).max() < 1e-5 * size
+    assert np.abs(products[1] - products[2]).max() > 1e-3 * size  # something was rounded
 
 
 def tree_of(kernel):

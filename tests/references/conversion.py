@@ -1,6 +1,7 @@
 """What the tests of every network's conversion need: write a source, port it, compare trees."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from convert.safetensors import write_sharded
 from convert.table import expand
 from lowbit_jax.checkpoint import assemble, iter_parts
 from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.quant.hadamard import rotation_size
 from lowbit_jax.quant.recipe import RECIPES
 from tests.references.flux_files import random_tensors
 
@@ -113,6 +115,38 @@ def assert_recipes(model, config, in_blocks, outside):
     assert found == quantised | outside
     for name, recipe in RECIPES.items():
         rules = {layer: rule for layer, rule in recipe.assign(list(found)).items() if rule}
-        assert set(rules) == (set(quantised) if TREATMENT[name] else set())
-        treatments = {(rule.weights.format, rule.act_bits) for rule in rules.values()}
-        assert treatments == ({TREATMENT[name]} if TREATMENT[name] else set())
+        if name in TREATMENT:
+            assert set(rules) == (set(quantised) if TREATMENT[name] else set())
+            treatments = {(rule.weights.format, rule.act_bits) for rule in rules.values()}
+            assert treatments == ({TREATMENT[name]} if TREATMENT[name] else set())
+        elif re.fullmatch(METHODS, name):
+            assert_method(name, rules, quantised)
+
+
+METHODS = r"(viditq|naive|smoothquant|quarot|qdit)-w(\d)a(\d)(-mp)?"
+
+
+def assert_method(name, rules, shapes):
+    """No linear of a block stays in floating point; modulations have floating inputs.
+
+    Args:
+        name: of a recipe of `METHODS`.
+        rules: layer path -> its rule.
+        shapes: layer path -> (n, k) of every linear of a block.
+    """
+    method, bits, act_bits, mixed = re.fullmatch(METHODS, name).groups()
+    assert set(rules) == set(shapes)
+    for layer, rule in rules.items():
+        if "adaLN_modulation" in layer or "mod/lin" in layer or "modulation/lin" in layer:
+            assert (rule.weights.format, rule.weights.granularity) == (f"int{bits}", 128)
+            assert rule.act_bits is rule.balance is rule.rotation is None
+            continue
+        more = mixed and ("/0/" in layer or "mlp" in layer)
+        assert rule.weights.format == ("int8" if more else f"int{bits}")
+        assert rule.act_bits == int(act_bits)
+        assert rule.act_static == (method == "naive")
+        assert (rule.balance is not None) == (method in ("viditq", "smoothquant"))
+        assert (rule.rotation is not None) == (method in ("viditq", "quarot"))
+        assert rule.weights.granularity == (128 if method == "qdit" else "channel")
+        if rule.rotation is not None:
+            rotation_size(shapes[layer][1], rule.rotation, layer)  # raises if it cannot be

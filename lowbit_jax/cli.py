@@ -1,4 +1,4 @@
-"""`lowbit-jax`: inspect a converted checkpoint, list recipes, allocate bits, audit the kernels."""
+"""`lowbit-jax`: pictures, contents of checkpoints, recipes, allocation of bits, kernel audit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
-from lowbit_jax.precision.command import Allocate, run_allocate
+from lowbit_jax.cli_allocate import Allocate, run_allocate
+from lowbit_jax.cli_sample import Sample, sample
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.report import size_report, size_table
 from pallas_kernels.audit.cases import cases
@@ -62,7 +63,8 @@ class Audit:
 
 
 Command = (
-    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Allocate, tyro.conf.subcommand("allocate")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
@@ -81,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             return audit(command, console)
         if isinstance(command, Inspect):
             inspect(command, console)
+        elif isinstance(command, Sample):
+            sample(command, console)
         elif isinstance(command, Allocate):
             run_allocate(command, console)
         else:

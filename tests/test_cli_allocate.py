@@ -16,7 +16,7 @@ from lowbit_jax.quant.report import size_report
 from lowbit_jax.quant.stacks import iter_layers
 from tests.references.sensitivity import random_harm, scan_file
 
-MODEL = Path(__file__).parents[2] / "checkpoints" / "nouns-flux"
+MODEL = Path(__file__).parents[1] / "checkpoints" / "nouns-flux"
 # quantisers that compile in no time
 MENU = tuple(
     WeightSpec(format=format, quantizer=quantizer)

@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import tyro
@@ -21,9 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.job import Job, manifest, plan, run
 from convert.lora import Lora
+from convert.pipeline import check_complete, check_fit, copy_files, find_pipeline, staged
 from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
-from lowbit_jax.quant.recipe import RECIPES, load_recipe
+from lowbit_jax.pipelines.folder import Layout
+from lowbit_jax.quant.recipe import RECIPES, Recipe, load_recipe
 from lowbit_jax.quant.report import SizeReport, size_report, size_table
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -34,8 +36,12 @@ class Arguments:
     """Port a PyTorch checkpoint to Flax, quantise it and save it; reads one tensor at a time."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder."""
+    """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder; of
+    a whole FluxPipeline (with model_index.json) all parts are converted."""
     recipe: Annotated[str, tyro.conf.arg(help=f"{', '.join(RECIPES)}, or a JSON file.")]
+    text_recipe: str | None = None
+    """Of a whole pipeline's T5 encoder, w8a16 or w4a16 say; else float. CLIP and the autoencoder
+    stay in floating point."""
     keep: str | None = None
     """Layers to keep in floating point, against the recipe: a regular expression for their paths,
     such as '.*/cross_attn/kv_linear'."""
@@ -61,6 +67,16 @@ class Arguments:
     """Replace an output folder that holds an earlier conversion."""
     resume: bool = False
     """Go on with a conversion that was interrupted; give the same source, recipe and options."""
+    method: Literal["rounding", "feedback", "reconstruct", "distill"] = "rounding"
+    """How codes are found; all but rounding sample from --prompts, need the whole model in memory
+    and the extra "distill", and keep their work beside OUT, in OUT.work, to go on with."""
+    prompts: Path | None = None
+    """A text file with a prompt a line (models with MiniLM's text states), or encoded prompts:
+    safetensors with txt [p, t, k] and pooled [p, k]."""
+    budget_minutes: float = 60.0
+    """Time for --method in all; more of it means more steps of training."""
+    grid: tuple[int, int] = (64, 64)
+    """Rows and columns of latent patches that --method samples: 64 64 is 1024 x 1024 pixels."""
     archive: bool = False
     """Store ternary codes five to the byte (1.6 bits); they are unpacked to 2 bits on load."""
 
@@ -98,6 +114,18 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.lora_skip is not None and not arguments.lora:
         raise ValueError("--lora-skip leaves out keys of --lora, and none is given")
     loras = [Lora.parse(text, arguments.lora_skip) for text in arguments.lora]
+    pipeline = find_pipeline(arguments.checkpoint) if arguments.model == "auto" else None
+    if pipeline is not None:
+        if arguments.method != "rounding":
+            raise ValueError(
+                f"--method {arguments.method} takes a transformer alone: give "
+                f"{arguments.checkpoint / 'transformer'}"
+            )
+        return _convert_pipeline(pipeline, recipe, loras, arguments, console)
+    if arguments.text_recipe is not None:
+        raise ValueError(
+            "--text-recipe is for whole pipelines: give a folder with model_index.json"
+        )
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite, arguments.resume)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
@@ -111,8 +139,68 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
         )
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
-        if not arguments.dry_run:
+        if arguments.method != "rounding":
+            _teach(job, arguments, console)
+        elif not arguments.dry_run:
             _convert(job, arguments, console)
+
+
+def _convert_pipeline(
+    pipeline: Layout, recipe: Recipe, loras: list[Lora], arguments: Arguments, console: Console
+) -> None:
+    source, floats = arguments.checkpoint, RECIPES["float"]
+    check_complete(source, pipeline)
+    recipes = {"text_encoder_2": load_recipe(arguments.text_recipe or "float")}
+    own: dict[str, dict[str, Any]] = {
+        "transformer": {"recipe": recipe, "loras": loras, "statistics": arguments.stats}
+    }
+    jobs: dict[str, Job] = {}
+    with ExitStack() as opened:
+        for part, model in pipeline.models.items():
+            checkpoint = opened.enter_context(open_checkpoint(source / part))
+            options = own.get(part, {"recipe": recipes.get(part, floats)})
+            jobs[part] = plan(checkpoint, model=model, dtype=DTYPES[arguments.dtype], **options)
+        notes = check_fit(source, {part: job.config for part, job in jobs.items()})
+        for job in jobs.values():
+            show_plan(job, job.sizes(arguments.archive), console)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        if arguments.dry_run:
+            return
+        assert arguments.out is not None
+        replaces, resumes = arguments.overwrite, arguments.resume
+        with staged(arguments.out, pipeline, overwrite=replaces, resume=resumes) as staging:
+            for part, job in jobs.items():
+                _convert(job, replace(arguments, out=staging / part, overwrite=False), console)
+            copy_files(source, staging, pipeline)
+    console.print(
+        f"{arguments.out}: a whole pipeline; lowbit-jax sample {arguments.out} --prompt ..."
+    )
+
+
+def _teach(job: Job, arguments: Arguments, console: Console) -> None:
+    """Find codes by a method and write the model."""
+    from convert.teach import Lesson, teach, write_taught  # needs optax, which rounding does not
+
+    if arguments.prompts is None:
+        raise ValueError(f"--method {arguments.method} samples from prompts; give --prompts FILE")
+    if arguments.resume or arguments.dry_run:
+        raise ValueError("--method goes on by itself with what is in OUT.work, and has no dry run")
+    assert arguments.out is not None and arguments.method != "rounding"
+    lesson = Lesson(
+        method=arguments.method,
+        prompts=arguments.prompts,
+        minutes=arguments.budget_minutes,
+        grid=arguments.grid,
+        folder=arguments.out.with_name(arguments.out.name + ".work"),
+    )
+    with _progress(console) as bars:
+        digests = _digest(job.checkpoint, bars)
+    tree, told = teach(job, lesson, console)
+    write_taught(job, tree, digests, told, arguments.out, arguments.overwrite, arguments.archive)
+    for rung in told["rungs"]:
+        console.print(", ".join(f"{key} {value}" for key, value in rung.items()), soft_wrap=True)
+    console.print(f"{arguments.out}: {told['method']} in {told['minutes']} min", soft_wrap=True)
 
 
 def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:

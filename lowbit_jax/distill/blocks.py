@@ -1,15 +1,18 @@
-"""Block-wise reconstruction: one block after the other learns what the float block gives.
+"""One block after the other: codes by what it is given, training by what it shall give.
 
 A block of the quantised model is given what the quantised blocks before it make of the calibration
-inputs, and trained towards what the float block gives in the float model: so it also makes up for
-what was lost before it (Li et al. 2021, BRECQ, with the inputs of Wei et al. 2022, QDrop, never
-dropped). Only one block, its gradients and its optimiser's state are in memory, and rows of
+inputs. Its codes come from the X^T X of those (`feedback_blocks`), and it is trained towards what
+the float block gives in the float model (`reconstruct`): so it also makes up for what was lost
+before it (Li et al. 2021, BRECQ, with the inputs of Wei et al. 2022, QDrop, never dropped). Only
+one block, its Hessians or its gradients and optimiser's state are in memory, and rows of
 activations: of the batch on the device, of all samples on the host or in files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,19 +22,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64
 from rich.console import Console
 
 from lowbit_jax.calibration.collect import Run
+from lowbit_jax.calibration.observe import iter_readings, observe
 from lowbit_jax.distill import latent
+from lowbit_jax.distill.activations import (
+    CHUNK,
+    Activations,
+    Store,
+    advance,
+    entry,
+    layers_of,
+    node_of,
+    restack,
+    stacks_of,
+    with_node,
+)
 from lowbit_jax.distill.split import split
 from lowbit_jax.distill.train import Fit, Options, fit
 from lowbit_jax.distill.trajectories import Trajectories, shuffled
-from lowbit_jax.models.layers import BlockStack
-from lowbit_jax.quant.stacks import Tree, segments
+from lowbit_jax.quant.recipe import Feedback, Recipe
+from lowbit_jax.quant.stacks import Tree
+from lowbit_jax.quant.transform import decide, quantize
 
+FEEDBACK = Feedback()
 CODES = r".*(/kernel/(growth|weight)|/bias|_norm/scale)"  # names within one block
-CHUNK = 32  # rows of a forward that only gives activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +97,15 @@ def reconstruct(
         DivergedError: with the block's name, see `fit`.
         ValueError: a model without stacks, or stacks cut otherwise; not enough data.
     """
-    if rows > len(data) * data.steps:
-        raise ValueError(f"{rows} rows are asked for, {len(data) * data.steps} forwards are there")
     out, fits = dict(quantized), {}
-    stacks = _stacks(run, params, data.batch(0, 2, 0))
-    for stack, make_block in stacks.items():
-        store = _Store(folder, rows)
-        teacher = _entry(run, params, stack, data, rows, options.seed, store, "teacher")
-        student = _entry(run, out, stack, data, rows, options.seed, store, "student")
-        node = dict(_node(out, stack))
-        floats = dict(_layers(_node(params, stack)))
-        done = []
-        for layer, tree in _layers(node):
-            name = f"{stack}/{layer}"
-            block = make_block(layer)
-            target = _advance(block, floats[layer], teacher, store, f"teacher-{layer}")
+    for stack, make_block in stacks_of(run, params, data.batch(0, 2, 0)).items():
+        store = Store(folder, rows)
+        teacher = entry(run, params, stack, data, options.seed, store, "teacher")
+        student = entry(run, out, stack, data, options.seed, store, "student")
+        node, floats, done = node_of(out, stack), dict(layers_of(node_of(params, stack))), []
+        for layer, tree in layers_of(node):
+            name, block = f"{stack}/{layer}", make_block(layer)
+            target = advance(block, floats[layer], teacher, store, f"teacher-{layer}")
             fitted = _fit_block(
                 block,
                 latent.latents(floats[layer], tree, exact_scale=exact_scale),
@@ -110,29 +121,89 @@ def reconstruct(
             fits[name], tree = fitted
             minutes -= fits[name].seconds / 60
             done.append(tree)
-            student = _advance(block, tree, student, store, f"student-{layer}")
+            student = advance(block, tree, student, store, f"student-{layer}")
             teacher = target
-        out = _with(out, stack, _restack(node, done))
+        out = with_node(out, stack, restack(node, done))
         store.close()
     return Reconstructed(params=out, fits=fits)
 
 
-@dataclass
-class _Activations:
-    """What a block is called with, of all rows: carry and constants, numpy; some are shared."""
+def feedback_blocks(
+    run: Run,
+    params: Tree,
+    recipe: Recipe,
+    data: Trajectories,
+    options: Feedback = FEEDBACK,
+    *,
+    rows: int = 1024,
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: Callable[[str], object] = lambda block: None,
+) -> dict[str, Any]:
+    """`quantize` with feedback, block by block, each on what the quantised blocks before it give.
 
-    carry: tuple[np.ndarray, ...]
-    constants: list[Any]  # leaves
-    per_row: list[bool]
-    structure: Any
+    Args:
+        run: what is run.
+        params: float parameters.
+        recipe: what to do; in the stacks alone, and without statistics.
+        data: where forwards are taken from.
+        options: of the feedback.
+        rows: see `reconstruct`.
+        seed: of which forwards those are.
+        folder: where activations are kept meanwhile; None for in memory.
+        progress: called with the name of each block that is done.
 
-    def batch(self, at: np.ndarray | slice):
-        """(carry, constants) of some rows."""
-        leaves = [
-            leaf[at] if per_row else leaf
-            for leaf, per_row in zip(self.constants, self.per_row, strict=True)
-        ]
-        return tuple(leaf[at] for leaf in self.carry), self.structure.unflatten(leaves)
+    Raises:
+        ValueError: a recipe that treats linears outside the stacks, and as `reconstruct`.
+        RecipeError, NonFiniteError, ValueError: see `quantize`.
+    """
+    chosen, out = decide(params, recipe), dict(params)
+    makers = stacks_of(run, params, data.batch(0, 2, 0))
+    outside = [path for path, rule in chosen.items() if rule and not path.startswith(tuple(makers))]
+    if outside:
+        raise ValueError(f"recipe '{recipe.name}' also treats {outside[0]}, outside the blocks")
+    for stack, make_block in makers.items():
+        store = Store(folder, rows)
+        student = entry(run, out, stack, data, seed, store, "student")
+        node, done = node_of(out, stack), []
+        for layer, tree in layers_of(node):
+            prefix, block = f"{stack}/{layer}/", make_block(layer)
+            here = {p.removeprefix(prefix): r for p, r in chosen.items() if p.startswith(prefix)}
+            rules = [
+                dataclasses.replace(rule, match=re.escape(path), optional=False)
+                for path, rule in here.items()
+                if rule is not None
+            ]
+            own = dataclasses.replace(recipe, rules=tuple(rules))
+            grams = _grams(block, tree, student, rows)
+            tree = quantize(tree, own.with_feedback(options), grams=grams)
+            done.append(tree)
+            student = advance(block, tree, student, store, f"student-{layer}")
+            progress(prefix.rstrip("/"))
+        out = with_node(out, stack, restack(node, done))
+        store.close()
+    return out
+
+
+def _grams(
+    block: nn.Module, tree: Tree, given: Activations, rows: int
+) -> dict[str, Float64[np.ndarray, "k k"]]:
+    """X^T X of every linear of a block over all rows: sums in float64, on the host."""
+    sums: dict[str, Any] = {}
+    for start in range(0, rows, CHUNK):
+        carry, constants = given.batch(slice(start, min(start + CHUNK, rows)))
+        found = jax.device_get(_read_grams(block, tree, carry, constants))
+        for path, (reading,) in iter_readings(found):
+            assert reading.gram is not None  # all match
+            sums[path] = sums.get(path, 0) + reading.gram.astype(np.float64)
+    return sums
+
+
+@partial(jax.jit, static_argnums=0)
+def _read_grams(block: nn.Module, tree: Tree, carry: tuple, constants: list):
+    apply, readings = observe(block, tree, entries=1, grams=".*")
+    apply(*carry, *constants)
+    return readings()
 
 
 @dataclass
@@ -145,12 +216,12 @@ class _Rows:
         scale: mean square of what the float block adds, for each part of its carry.
     """
 
-    student: _Activations
-    target: _Activations
+    student: Activations
+    target: Activations
     scale: tuple[np.float32, ...]
 
     @staticmethod
-    def of(student: _Activations, teacher: _Activations, target: _Activations) -> _Rows:
+    def of(student: Activations, teacher: Activations, target: Activations) -> _Rows:
         head = slice(4 * CHUNK)  # enough rows for a mean square
         scale = tuple(
             np.float32(max(np.mean(np.square(np.subtract(b[head], a[head]))), 1e-12))
@@ -194,153 +265,3 @@ class _BlockLoss:  # equal for equal blocks, so that one program serves all of a
             for a, b, scale in zip(found, batch["target"], batch["scale"], strict=True)
         ]
         return jnp.stack(errors).mean()
-
-
-class _Store:
-    """Where activations of all rows are: in files of a folder, or in memory."""
-
-    def __init__(self, folder: Path | None, rows: int):
-        self._folder, self.rows = folder and folder / "activations", rows
-        self._files: dict[str, list[Path]] = {}
-
-    def make(self, name: str, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Arrays of float32; those made two names ago of the same kind are given up."""
-        if self._folder is None:
-            return [np.empty((self.rows, *shape), np.float32) for shape in shapes]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        paths = [self._folder / f"{name}.{i}.npy" for i in range(len(shapes))]
-        self._drop(name.split("-")[0], keep=1)
-        self._files[name] = paths
-        return [
-            np.lib.format.open_memmap(path, "w+", np.float32, (self.rows, *shape))
-            for path, shape in zip(paths, shapes, strict=True)
-        ]
-
-    def _drop(self, kind: str, keep: int) -> None:
-        names = [name for name in self._files if name.split("-")[0] == kind]
-        for name in names[: len(names) - keep]:
-            for path in self._files.pop(name):
-                path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Remove the files: they can be made again."""
-        for kind in ("teacher", "student"):
-            self._drop(kind, keep=0)
-
-
-def _stacks(run: Run, params: Tree, batch: Any) -> dict[str, Callable[[int], nn.Module]]:
-    """The stacks of a model in the order they are called, with what makes their blocks."""
-    found: dict[str, Callable[[int], nn.Module]] = {}
-
-    def forward(params, batch):
-        return _watched(
-            run, params, batch, lambda path, module, args: found.update({path: module.make_block})
-        )
-
-    jax.eval_shape(forward, params, batch)
-    if not found:
-        raise ValueError(f"{run.name} has no stack of blocks to reconstruct")
-    return found
-
-
-def _watched(run: Run, params: Tree, batch: Any, see: Callable[[str, BlockStack, Any], object]):
-    """One forward that calls `see(path, module, arguments)` for every stack."""
-
-    def interceptor(call, args, kwargs, context):
-        if isinstance(context.module, BlockStack) and context.method_name == "__call__":
-            see("/".join(context.module.path), context.module, args)
-        return call(*args, **kwargs)
-
-    def apply(*inputs, **named):
-        with nn.intercept_methods(interceptor):
-            return run.model.apply({"params": params}, *inputs, **named)
-
-    return run.denoise(apply, batch["x"], batch["timestep"], batch["conditions"])
-
-
-def _entry(
-    run: Run,
-    params: Tree,
-    stack: str,
-    data: Trajectories,
-    rows: int,
-    seed: int,
-    store: _Store,
-    kind: str,
-) -> _Activations:
-    """What the first block of a stack is called with, of all rows."""
-
-    def call(params, batch):
-        found: dict[str, Any] = {}
-        _watched(run, params, batch, lambda path, module, args: found.update({path: args}))
-        carry, *constants = found[stack]  # XLA drops what comes after it
-        return tuple(carry), constants
-
-    (one, two) = (jax.eval_shape(call, params, data.batch(0, size, seed)) for size in (2, 3))
-    structure = jax.tree.structure(one[1])
-    leaves = [jax.tree.leaves(tree[1]) for tree in (one, two)]
-    per_row = [a.shape != b.shape for a, b in zip(*leaves, strict=True)]
-    carry = store.make(f"{kind}-entry", [leaf.shape[1:] for leaf in one[0]])
-    constants: list[Any] = [
-        np.empty((rows, *leaf.shape[1:]), leaf.dtype) if is_per_row else None
-        for leaf, is_per_row in zip(leaves[0], per_row, strict=True)
-    ]
-    program = jax.jit(call)
-    index = shuffled(len(data) * data.steps, 0, rows, seed)
-    for start in range(0, rows, CHUNK):
-        at = slice(start, min(start + CHUNK, rows))
-        found_carry, found_constants = jax.device_get(program(params, data.take(index[at])))
-        for array, found in zip(carry, found_carry, strict=True):
-            array[at] = found
-        for i, found in enumerate(jax.tree.leaves(found_constants)):
-            if per_row[i]:
-                constants[i][at] = found
-            else:
-                constants[i] = found
-    return _Activations(tuple(carry), constants, per_row, structure)
-
-
-def _advance(
-    block: nn.Module, tree: Tree, given: _Activations, store: _Store, name: str
-) -> _Activations:
-    """What the next block is called with."""
-    carry = store.make(name, [leaf.shape[1:] for leaf in given.carry])
-    for start in range(0, store.rows, CHUNK):
-        at = slice(start, min(start + CHUNK, store.rows))
-        rows, constants = given.batch(at)
-        found = _apply(block, tree, tuple(rows), constants)
-        for array, part in zip(carry, found, strict=True):
-            array[at] = part
-    return _Activations(tuple(carry), given.constants, given.per_row, given.structure)
-
-
-@partial(jax.jit, static_argnums=0)
-def _apply(block: nn.Module, tree: Tree, carry: tuple, constants: list):
-    found: Any = block.apply({"params": tree}, *carry, *constants)
-    return tuple(leaf.astype(jnp.float32) for leaf in found)
-
-
-def _node(tree: Tree, path: str) -> Any:
-    for part in path.split("/"):
-        tree = tree[part]
-    return tree
-
-
-def _with(tree: Tree, path: str, node: Any) -> dict[str, Any]:
-    first, _, rest = path.partition("/")
-    return dict(tree) | {first: _with(tree[first], rest, node) if rest else node}
-
-
-def _layers(stack: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
-    """(layer, its tree) of a stack."""
-    for first, length, tree in segments(stack):
-        for i in range(length):
-            yield first + i, jax.tree.map(lambda leaf, at=i: leaf[at], tree)
-
-
-def _restack(stack: Mapping[str, Any], layers: list[Any]) -> dict[str, Any]:
-    """A stack of these layers, cut as it was."""
-    return {
-        str(first): jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[first : first + length])
-        for first, length, _ in segments(stack)
-    }

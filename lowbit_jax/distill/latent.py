@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant import quantizers
-from lowbit_jax.quant.qtensor import QTensor, is_qtensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, is_qtensor
 from lowbit_jax.quant.stacks import Tree
+from lowbit_jax.quant.weights import transform_weight
 from pallas_kernels.formats import pack_codes
 
 MARGIN = 0.02  # of a scale: how far a latent weight starts from where its code would be another
@@ -32,36 +33,33 @@ class Latent:
     """A ternary kernel in training; stands where the kernel does, in its orientation.
 
     Attributes:
-        weight: latent weights.
+        weight: latent weights, balanced and rotated where the kernel is.
         base: scale of each output at the start; None for the least-squares scale of `weight`,
             computed anew in every forward.
         growth: logarithm of how much the scale has grown; exactly where there is a `base`.
-        act_bits: of the `QTensor` it becomes. Static.
+        form: the `QTensor` it becomes, but for codes and scales: what happens to its input.
     """
 
     weight: Float32[Array, "... k n"]
+    form: QTensor
     base: Float32[Array, "... 1 n"] | None = None
     growth: Float32[Array, "... 1 n"] | None = None
-    act_bits: int | None = field(default=None, metadata={"static": True})
 
-    def value(self) -> Float32[Array, "... k n"]:
+    def value(self) -> Float32[Array, "... k n"] | TransformedKernel:
         """The kernel it stands for, with gradients as above."""
         weight = self.weight
         scale, codes = self._scale_and_codes()
-        return scale * codes + (weight - jax.lax.stop_gradient(weight))
+        kernel = scale * codes + (weight - jax.lax.stop_gradient(weight))
+        if self.form.mask is None and self.form.rotation is None:
+            return kernel
+        return TransformedKernel(kernel, self.form.mask, self.form.rotation)
 
     def tensor(self) -> QTensor:
         """The `QTensor` it stands for."""
         scale, codes = self._scale_and_codes()
-        k, n = self.weight.shape[-2:]
         stored = jnp.swapaxes(codes, -1, -2).astype(jnp.int8)
-        return QTensor(
-            codes=pack_codes(stored, "ternary"),
-            scale=jnp.swapaxes(scale, -1, -2),
-            format="ternary",
-            shape=(n, k),
-            group=k,
-            act_bits=self.act_bits,
+        return dataclasses.replace(
+            self.form, codes=pack_codes(stored, "ternary"), scale=jnp.swapaxes(scale, -1, -2)
         )
 
     def _scale_and_codes(self):
@@ -123,9 +121,10 @@ def latents(params: Tree, quantized: Tree, *, exact_scale: bool = False) -> dict
             return tensor
         if tensor.scale.shape[-2:] != (tensor.shape[0], 1):
             return tensor
-        weight = jnp.asarray(kernel, jnp.float32)
+        weight = _transformed(jnp.asarray(kernel, jnp.float32), tensor)
+        form = dataclasses.replace(tensor, codes=None, scale=None)
         if exact_scale:
-            return Latent(weight=weight, act_bits=tensor.act_bits)
+            return Latent(weight=weight, form=form)
         codes = jnp.swapaxes(tensor.unpacked(), -1, -2)
         scale = jnp.swapaxes(tensor.scale, -1, -2)
         inside, outside = 0.5 - MARGIN, 0.5 + MARGIN
@@ -135,10 +134,17 @@ def latents(params: Tree, quantized: Tree, *, exact_scale: bool = False) -> dict
             weight=jnp.clip(weight, low * scale, high * scale),
             base=scale,
             growth=jnp.zeros_like(scale),
-            act_bits=tensor.act_bits,
+            form=form,
         )
 
     return jax.tree.map(start, quantized, params, is_leaf=is_qtensor)
+
+
+def _transformed(kernel: Float[Array, "... k n"], tensor: QTensor) -> Float[Array, "... k n"]:
+    """Float weights as the codes of `tensor` are: for inputs that are masked and rotated."""
+    weight = jnp.swapaxes(kernel, -1, -2)
+    mask = None if tensor.mask is None else tensor.mask[..., None, :]
+    return jnp.swapaxes(transform_weight(weight, mask, tensor.rotation), -1, -2)
 
 
 def rescaled(quantized: Tree) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit_jax.quant.specs import Balance, RecipeError, WeightSpec, is_positive
+from lowbit_jax.quant.specs import Balance, Feedback, RecipeError, WeightSpec, is_positive
 
 __all__ = [
     "RECIPES",
     "Balance",
+    "Feedback",
     "Recipe",
     "RecipeError",
     "Rule",
@@ -56,12 +57,12 @@ class Rule:
     @property
     def needs_statistics(self) -> bool:
         """Whether statistics of the activations are needed."""
-        return self.balance is not None or self.act_static or self.needs_grams
+        return self.balance is not None or self.act_static
 
     @property
     def needs_grams(self) -> bool:
-        """Whether X^T X of the activations is among them."""
-        return self.weights is not None and self.weights.feedback
+        """Whether X^T X of the activations is needed."""
+        return self.weights is not None and self.weights.feedback is not None
 
     @property
     def chooses_alpha(self) -> bool:
@@ -125,7 +126,7 @@ class Recipe:
     @property
     def needs_statistics(self) -> bool:
         """Whether any rule needs statistics of the activations."""
-        return any(rule.needs_statistics for rule in self.rules)
+        return any(rule.needs_statistics or rule.needs_grams for rule in self.rules)
 
     def keeping(self, match: str) -> Recipe:
         """The same recipe, but kernels whose whole layer path matches stay in floating point.
@@ -138,16 +139,20 @@ class Recipe:
 
     def rounded(self) -> Recipe:
         """The same recipe without error feedback: it needs no X^T X."""
-
-        def plain(rule: Rule) -> Rule:
-            weights = rule.weights and dataclasses.replace(rule.weights, feedback=False)
-            return dataclasses.replace(rule, weights=weights)
-
         if not any(rule.needs_grams for rule in self.rules):
             return self
-        return dataclasses.replace(
-            self, name=f"{self.name} rounded", rules=tuple(map(plain, self.rules))
-        )
+        return self._with(None, f"{self.name} rounded")
+
+    def with_feedback(self, settings: Feedback = Feedback()) -> Recipe:  # noqa: B008 (frozen)
+        """The same recipe with error feedback for all weights that it quantises."""
+        return self._with(settings, f"{self.name} with feedback")
+
+    def _with(self, settings: Feedback | None, name: str) -> Recipe:
+        def changed(rule: Rule) -> Rule:
+            weights = rule.weights and dataclasses.replace(rule.weights, feedback=settings)
+            return dataclasses.replace(rule, weights=weights)
+
+        return dataclasses.replace(self, name=name, rules=tuple(map(changed, self.rules)))
 
     def rule_for(self, layer: str) -> Rule | None:
         """The rule that decides for a layer path: the first that matches, None if none does."""
@@ -196,7 +201,11 @@ class Recipe:
         for number, item in enumerate(items):
             item = _fields(Rule, item, f"rule {number}")
             if item.get("weights") is not None:
-                spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
+                where = f"rule {number}, weights"
+                spec = _fields(WeightSpec, item["weights"], where)
+                if isinstance(spec.get("feedback"), dict):
+                    settings = _fields(Feedback, spec["feedback"], f"{where}, feedback")
+                    spec["feedback"] = Feedback(**settings)
                 item["weights"] = WeightSpec(**spec)
             if item.get("balance") is not None:
                 item["balance"] = Balance(

@@ -17,6 +17,28 @@ class RecipeError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Feedback:
+    """Settings of error feedback, see `lowbit_jax.quant.feedback`.
+
+    Attributes:
+        damping: added to the diagonal of X^T X, as a share of its mean.
+        act_order: round inputs with a large diagonal first.
+        refits: of ternary scales, each followed by another rounding.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    refits: int = 8
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.damping, int | float) and not isinstance(self.damping, bool)
+        if not (number and self.damping >= 0 and is_positive(self.refits)):
+            raise RecipeError(f"damping from 0 and refits from 1 are possible, got {self}")
+        if not isinstance(self.act_order, bool):
+            raise RecipeError(f"act_order {self.act_order!r} is no boolean")
+
+
+@dataclass(frozen=True, kw_only=True)
 class WeightSpec:
     """How a weight matrix is quantised.
 
@@ -27,13 +49,13 @@ class WeightSpec:
         granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
         feedback: choose codes on the quantizer's grid by error feedback (GPTQ, `quant.feedback`):
             what rounding one input's weights loses, later inputs make up. Needs statistics with
-            X^T X of the inputs.
+            X^T X of the inputs. True for the usual settings.
     """
 
     format: str
     quantizer: str
     granularity: str | int = "channel"
-    feedback: bool = False
+    feedback: Feedback | bool | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -43,8 +65,10 @@ class WeightSpec:
             raise RecipeError(
                 f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
             )
-        if not isinstance(self.feedback, bool):
-            raise RecipeError(f"feedback {self.feedback!r} is no boolean")
+        if isinstance(self.feedback, bool):
+            object.__setattr__(self, "feedback", Feedback() if self.feedback else None)
+        if not isinstance(self.feedback, Feedback | None):
+            raise RecipeError(f"feedback {self.feedback!r} is neither settings nor a boolean")
         if not (self.granularity in ("channel", "tensor") or is_positive(self.granularity)):
             raise RecipeError(
                 f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"

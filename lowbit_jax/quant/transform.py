@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from lowbit_jax.quant import hadamard
 from lowbit_jax.quant.lora import LoraKernel
@@ -34,6 +36,8 @@ from lowbit_jax.quant.weights import Given, quantize_kernel, quantize_weight, tr
 if TYPE_CHECKING:  # calibration knows quantised trees
     from lowbit_jax.calibration.statistics import Statistics
 
+Grams = Mapping[str, Float[Any, "k k"]]
+
 __all__ = [
     "NonFiniteError",
     "balance",
@@ -51,7 +55,13 @@ class NonFiniteError(ValueError):
     """Weights with NaN or inf; the message names the parameters."""
 
 
-def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None) -> dict[str, Any]:
+def quantize(
+    params: Tree,
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    *,
+    grams: Grams | None = None,
+) -> dict[str, Any]:
     """Replace kernels as a recipe says: balanced, rotated, quantised, in this order.
 
     A kernel becomes a `QTensor`, or a `TransformedKernel` where the rule quantises nothing;
@@ -63,7 +73,9 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
         recipe: what to do.
-        statistics: of the model's activations, for recipes that balance.
+        statistics: of the model's activations, for recipes that need them.
+        grams: X^T X of the inputs of layers by their paths, by any factor, instead of the
+            statistics'.
 
     Raises:
         RecipeError: a rule that decides nothing; a recipe that needs statistics without them.
@@ -73,12 +85,15 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
         NonFiniteError: a NaN or inf in a kernel to be treated, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
-    treat = Treatment(decide(params, recipe, statistics), recipe, statistics)
+    treat = Treatment(decide(params, recipe, statistics, grams), recipe, statistics, grams)
     return map_stacks(params, treat.stack, treat.kernel)
 
 
 def decide(
-    params: Tree, recipe: Recipe, statistics: Statistics | None = None
+    params: Tree,
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    grams: Grams | None = None,
 ) -> dict[str, Rule | None]:
     """What is done to each layer path; None for those that stay as they are.
 
@@ -87,7 +102,7 @@ def decide(
     """
     chosen = recipe.assign(layer_paths(params))
     _check_unquantized(params, chosen)
-    check_statistics(recipe, chosen, statistics, params)
+    check_statistics(recipe, chosen, statistics, params, grams)
     return chosen | dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
 
 
@@ -98,6 +113,7 @@ class Treatment:
     chosen: dict[str, Rule | None]
     recipe: Recipe
     statistics: Statistics | None
+    grams: Grams | None = None
 
     def kernel(self, path: tuple[str, ...], kernel):
         """The kernel of a linear outside the stacks."""
@@ -163,7 +179,7 @@ class Treatment:
         """What the rule of a layer needs beside the weights."""
         rule = self.chosen[path]
         assert rule is not None
-        return given_of(rule, path, k, self.recipe, self.statistics)
+        return given_of(rule, path, k, self.recipe, self.statistics, self.grams)
 
 
 def _treated(kernel, given: Given, rule: Rule, edges: tuple[float, ...]):
@@ -214,41 +230,66 @@ def rotate(
 
 
 def check_statistics(
-    recipe: Recipe, chosen: dict[str, Rule | None], statistics: Statistics | None, params: Tree
+    recipe: Recipe,
+    chosen: dict[str, Rule | None],
+    statistics: Statistics | None,
+    params: Tree,
+    grams: Grams | None = None,
 ) -> None:
     """That a recipe has the statistics it needs, and that they are this model's.
 
     Raises:
         RecipeError: there are none. StatisticsError: they are another model's.
     """
-    needing = [path for path, rule in chosen.items() if rule is not None and rule.needs_statistics]
-    if not needing:
-        return
-    if statistics is None:
+    rules = {path: rule for path, rule in chosen.items() if rule is not None}
+    needing = [path for path, rule in rules.items() if rule.needs_statistics]
+    if grams is None:
+        needing += [path for path, rule in rules.items() if rule.needs_grams]
+    if needing and statistics is None:
         raise RecipeError(
             f"recipe '{recipe.name}' needs statistics of the activations of {len(needing)} layers, "
             f"such as {needing[0]}: collect them with lowbit_jax.calibration and pass them "
             "(convert_and_quantize --stats FILE)"
         )
-    for path in needing:
-        if chosen[path].needs_grams and statistics.layers[path].gram is None:  # type: ignore[union-attr]
-            raise RecipeError(
-                f"recipe '{recipe.name}' needs X^T X of the inputs of {path}, the statistics have "
-                "none: collect them with `grams`, a regular expression for such layers, or take "
-                "recipe.rounded() (convert_and_quantize --no-feedback)"
-            )
-        balance = chosen[path].balance  # type: ignore[union-attr]
-        if balance is not None and balance.ranges not in (None, len(statistics.ranges)):
-            raise RecipeError(
-                f"recipe '{recipe.name}' has {balance.ranges} alphas for {path}, the statistics "
-                f"{len(statistics.ranges)} timestep ranges: collect them with as many"
-            )
-    if _is_concrete(*jax.tree.leaves(statistics)):
+    if statistics is not None and needing and _is_concrete(*jax.tree.leaves(statistics)):
         statistics.check(params)
+    for path, kernel, _ in iter_layers(params):
+        rule = rules.get(path)
+        if rule is None:
+            continue
+        if rule.needs_grams:
+            gram, k = _gram_of(path, statistics, grams), kernel.shape[-2]
+            if gram is None:
+                raise RecipeError(
+                    f"recipe '{recipe.name}' needs X^T X of the inputs of {path}, and there is "
+                    "none: collect statistics with `grams`, a regular expression for such layers, "
+                    "or take recipe.rounded() (convert_and_quantize --no-feedback)"
+                )
+            if gram.shape != (k, k):
+                raise ValueError(f"{path}: X^T X has shape {gram.shape}, its input is {k} wide")
+        if statistics is None or rule.balance is None:
+            continue
+        if rule.balance.ranges not in (None, len(statistics.ranges)):
+            raise RecipeError(
+                f"recipe '{recipe.name}' has {rule.balance.ranges} alphas for {path}, the "
+                f"statistics {len(statistics.ranges)} timestep ranges: collect them with as many"
+            )
+
+
+def _gram_of(layer: str, statistics: Statistics | None, grams: Grams | None) -> Any:
+    if grams is not None:
+        return grams.get(layer)
+    found = None if statistics is None else statistics.layers.get(layer)
+    return None if found is None else found.gram
 
 
 def given_of(
-    rule: Rule, layer: str, k: int, recipe: Recipe, statistics: Statistics | None
+    rule: Rule,
+    layer: str,
+    k: int,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    grams: Grams | None = None,
 ) -> Given:
     """What a layer's rule needs beside the weights; absmax and alpha of every range it balances."""
     absmax: Any = None
@@ -265,8 +306,7 @@ def given_of(
             absmax = over_halves(statistics.layers[layer].absmax)
     gram: Any = None
     if rule.needs_grams:
-        assert statistics is not None
-        gram = _normalized(statistics.layers[layer].gram)
+        gram = _normalized(_gram_of(layer, statistics, grams))
     rows: Any = None
     if rule.chooses_alpha:
         assert statistics is not None

@@ -13,13 +13,12 @@ from jaxtyping import Array, Float, Float32
 from lowbit_jax.quant import feedback, hadamard, quantizers
 from lowbit_jax.quant.masks import SMALLEST, channel_mask
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
-from lowbit_jax.quant.recipe import Rule
+from lowbit_jax.quant.recipe import Feedback, Rule, WeightSpec
 from pallas_kernels import reference_rows
 from pallas_kernels.formats import FORMATS, pack_codes
 
 ALPHAS = (0.01, 0.1, 0.25, 0.5, 0.75)  # that are tried where an alpha is to be chosen
 OUTPUTS = 512  # of a layer that are looked at for it
-REFITS = 8  # of ternary scales with error feedback, each followed by another rounding
 
 
 class Given(NamedTuple):
@@ -105,7 +104,9 @@ def factor_of(
     assert given.gram is not None
     gram = transform_rows(jnp.asarray(given.gram), mask, rotation)
     gram = transform_rows(gram.T, mask, rotation)
-    return feedback.factorize(gram, act_order=True)
+    assert rule.weights is not None and isinstance(rule.weights.feedback, Feedback)
+    settings = rule.weights.feedback
+    return feedback.factorize(gram, damping=settings.damping, act_order=settings.act_order)
 
 
 def _product(first: Array | None, second: Array | None) -> Array | None:
@@ -169,7 +170,7 @@ def _best_mask(rule: Rule, columns: Array, given: Given, sample: Array) -> Float
     balanced = [channel_mask(given.absmax, columns, alpha) for alpha in ALPHAS]
     masks = jnp.stack([jnp.ones_like(columns), *balanced])
     rotation = rotation_of(rule, sample.shape[1])
-    plain = dataclasses.replace(rule.weights, feedback=False)
+    plain = dataclasses.replace(rule.weights, feedback=None)
     rounding = dataclasses.replace(rule, weights=plain)
     dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)
     exact = dot(inputs, sample.astype(jnp.float32).T)
@@ -242,10 +243,10 @@ def quantize_weight(
     else:
         bits = FORMATS[spec.format].bits
         codes, scale, zero = _INTEGER[spec.quantizer](weight, bits, **sharing)
-    if spec.feedback:
+    if isinstance(spec.feedback, Feedback):
         if factor is None:
             raise ValueError(f"rule '{rule.match}': feedback needs X^T X of the layer's inputs")
-        codes, scale = _with_feedback(weight, factor, spec.format, codes, scale, zero, group or k)
+        codes, scale = _with_feedback(weight, factor, spec, codes, scale, zero)
     return QTensor(
         codes=pack_codes(codes, spec.format),
         scale=scale,
@@ -258,15 +259,19 @@ def quantize_weight(
 
 
 def _with_feedback(
-    weight: Array, factor: feedback.Factor, format: str, codes, scale, zero, group: int
+    weight: Array, factor: feedback.Factor, spec: WeightSpec, codes, scale, zero
 ) -> tuple[Array, Array]:
     """Other codes on the grid that was found; of ternary per channel, the best scale for them."""
-    if format == "ternary" and scale.shape == (len(weight), 1):
-        found, fitted, _ = feedback.ternary(weight, factor, (codes, scale, None), refits=REFITS)
+    assert isinstance(spec.feedback, Feedback)
+    if spec.format == "ternary" and scale.shape == (len(weight), 1):
+        start, refits = (codes, scale, None), spec.feedback.refits
+        found, fitted, _ = feedback.ternary(weight, factor, start, refits=refits)
         return found, fitted
-    known = FORMATS[format]
+    k = weight.shape[1]
+    group = spec.granularity if isinstance(spec.granularity, int) else k
+    known = FORMATS[spec.format]
     low = -known.high if zero is None else known.low  # as the symmetric quantisers have it
-    grid = feedback.Grid(scale, zero, min(group, weight.shape[1]), low, known.high)
+    grid = feedback.Grid(scale, zero, min(group, k), low, known.high)
     found, error = feedback.round_to(weight, factor, grid)
     damaged = jnp.isnan(error) if len(scale) > 1 else jnp.isnan(error).any()[None]
     return found, jnp.where(damaged[:, None], jnp.nan, scale)

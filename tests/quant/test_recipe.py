@@ -8,6 +8,7 @@ import pytest
 from lowbit_jax.quant.recipe import (
     RECIPES,
     Balance,
+    Feedback,
     Recipe,
     RecipeError,
     Rule,
@@ -44,7 +45,7 @@ def test_named_recipes_survive_json(name):
 
 
 def test_every_field_survives_json(tmp_path):
-    spec = WeightSpec(format="int4", quantizer="mse", granularity=64, feedback=True)
+    spec = WeightSpec(format="int4", quantizer="mse", granularity=64, feedback=Feedback(refits=3))
     rules = (
         Rule(match="a/.*", weights=None),
         Rule(match="b", weights=spec, act_bits=6),
@@ -107,7 +108,11 @@ def rule_json(weights=None, **fields):
         (rule_json(WEIGHTS, act_bits=1), "rule 'a': act_bits 1 outside 2..8"),
         (rule_json(WEIGHTS, act_bits="8"), "rule 'a': act_bits '8' outside 2..8"),
         (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
-        (rule_json(WEIGHTS | {"feedback": 1}), "feedback 1 is no boolean"),
+        (rule_json(WEIGHTS | {"feedback": 1}), "feedback 1 is neither settings nor a boolean"),
+        (rule_json(WEIGHTS | {"feedback": {"refits": 0}}), "refits from 1 are possible"),
+        (rule_json(WEIGHTS | {"feedback": {"damping": -1}}), "damping from 0 and"),
+        (rule_json(WEIGHTS | {"feedback": {"act_order": 1}}), "act_order 1 is no boolean"),
+        (rule_json(WEIGHTS | {"feedback": {"block": 1}}), r"feedback: unknown fields \['block'\]"),
         (rule_json(balance=0.5), "rule 0, balance: expected an object, found float"),
         (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
         (rule_json(balance={"alpha": [0.5, 2]}), "balance: alpha is 2, it lies in 0 to 1"),
@@ -232,3 +237,13 @@ def test_rounded_is_without_error_feedback():
     assert plain.name == "viditq-w4a8 rounded" and plain.rounded() is plain
     kept = [dataclasses.replace(rule, weights=None, act_bits=None) for rule in named.rules[:1]]
     assert [dataclasses.replace(r, weights=None, act_bits=None) for r in plain.rules[:1]] == kept
+
+
+def test_feedback_may_be_said_by_a_boolean():
+    assert Recipe.from_json(rule_json(WEIGHTS | {"feedback": True})).rules[0].needs_grams
+    assert WeightSpec(**WEIGHTS, feedback=True) == WeightSpec(**WEIGHTS, feedback=Feedback())
+    assert WeightSpec(**WEIGHTS, feedback=False) == WeightSpec(**WEIGHTS)
+    again = RECIPES["w4a8"].with_feedback(Feedback(refits=2)).rules[0].weights
+    assert again == dataclasses.replace(
+        RECIPES["w4a8"].rules[0].weights, feedback=Feedback(refits=2)
+    )

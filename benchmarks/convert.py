@@ -28,7 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -224,6 +224,31 @@ def convert(source: Path, out: Path, recipe: str) -> Result:
         source_bytes = checkpoint.total_bytes
         planned = plan(checkpoint, load_recipe(recipe)).peak_bytes()
     command = [sys.executable, "-m", "convert", str(source), "--recipe", recipe, "--out", str(out)]
+    run = watch(command)
+    return Result(
+        seconds=run.seconds,
+        cpu_seconds=run.cpu_seconds,
+        peak=run.peak,
+        planned=planned,
+        source=source_bytes,
+        output=folder_bytes(out),
+    )
+
+
+class Watched(NamedTuple):
+    """What a process took: seconds, those of all processors together, peak resident bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    peak: int
+
+
+def watch(command: list[str]) -> Watched:
+    """Run a command to its end and watch its memory; its standard output is dropped.
+
+    Raises:
+        SystemExit: it failed; its messages have been printed.
+    """
     cpu_before, start, peak = children_cpu_seconds(), time.perf_counter(), 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
@@ -232,15 +257,12 @@ def convert(source: Path, out: Path, recipe: str) -> Result:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
-    output = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    return Result(
-        seconds=seconds,
-        cpu_seconds=children_cpu_seconds() - cpu_before,
-        peak=peak,
-        planned=planned,
-        source=source_bytes,
-        output=output,
-    )
+    return Watched(seconds, children_cpu_seconds() - cpu_before, peak)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def children_cpu_seconds() -> float:

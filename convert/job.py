@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint_files import Checkpoint
-from convert.registry import SOURCES, recognise
+from convert.lora import Lora, read_loras
+from convert.registry import ALL_SOURCES, recognise
+from convert.statistics import load_statistics
 from convert.table import (
     Constant,
     Layout,
@@ -28,15 +32,25 @@ from convert.table import (
     read_leaf,
     release_leaf,
 )
+from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, iter_parts
-from lowbit_jax.models.registry import NETWORKS
-from lowbit_jax.quant.qtensor import QTensor
-from lowbit_jax.quant.recipe import Recipe, Rule
+from lowbit_jax.models.registry import MODELS
+from lowbit_jax.quant.lora import LowRank
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
+from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
-from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize, quantize_weight
+from lowbit_jax.quant.transform import NonFiniteError, given_of, nonfinite_message, quantize
+from lowbit_jax.quant.weights import (
+    Given,
+    mask_of,
+    quantize_weight,
+    rotation_of,
+    static_scale,
+    transform_weight,
+)
 
 # measured with benchmarks/convert.py: jax, orbax and their buffers before a weight is read; float32
-# temporaries of the rows being quantised; a part being made, one being written, and in orbax twice
+# temporaries of the rows being treated; a part being made, one being written, and in orbax twice
 BASE_BYTES = 400e6
 ROW_TEMPORARIES = 5
 PARTS_IN_MEMORY = 4
@@ -57,8 +71,11 @@ class Job:
         dtype: dtype of the parameters that stay in floating point.
         leaves: what to read, part by part.
         constants: what the source stores and the model computes: values to compare with.
-        rules: how each layer path is quantised; None keeps the kernel.
+        rules: how each layer path is treated; None keeps the kernel.
+        statistics: of the model's activations, where the recipe needs any.
         abstract: the output tree as shapes, if every weight is finite.
+        loras: LoRA files that are added to the weights before anything else.
+        updates: what they add, by layer path.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +88,9 @@ class Job:
     constants: dict[Constant, np.ndarray]
     rules: dict[str, Rule | None]
     abstract: dict[str, Any]
+    statistics: Statistics | None = None
+    loras: tuple[Lora, ...] = ()
+    updates: Mapping[str, LowRank] = dataclasses.field(default_factory=dict)
 
     def sizes(self, archive: bool = False) -> SizeReport:
         """Bytes before and after, from shapes."""
@@ -82,38 +102,69 @@ class Job:
         leaf = max(_source_bytes(self.checkpoint, leaf.sources) for leaf in self.leaves)
         rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
         part = max(size_report([part]).after for part in iter_parts(self.abstract))
+        merged = max((4 * math.prod(x.shape) for x in self.leaves if self.update(x)), default=0)
         # a leaf twice: the pages read, and the matrix fused from them
-        return int(BASE_BYTES + 2 * leaf + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
+        return int(BASE_BYTES + 2 * leaf + merged + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
 
     def source_bytes(self, parts: Collection[str]) -> int:
         """Bytes that are read to make these parts."""
         leaves = (leaf for leaf in self.leaves if leaf.part in parts)
         return sum(_source_bytes(self.checkpoint, leaf.source_shapes()) for leaf in leaves)
 
+    def update(self, leaf: Leaf) -> LowRank | None:
+        """What LoRA files add to a leaf; None when that is nothing."""
+        return self.updates.get(leaf.layer_path) if leaf.is_kernel else None
+
     def rule(self, leaf: Leaf) -> Rule | None:
-        """How a leaf is quantised; None when it stays in floating point."""
-        return self.rules[_layer_path(leaf)] if leaf.is_kernel else None
+        """How a leaf is treated; None when it stays as it is."""
+        return self.rules[leaf.layer_path] if leaf.is_kernel else None
+
+    def given(self, leaf: Leaf, rule: Rule) -> Given:
+        """What a leaf's rule needs beside the weights."""
+        return given_of(rule, leaf.layer_path, leaf.shape[1], self.recipe, self.statistics)
 
 
 def plan(
-    checkpoint: Checkpoint, recipe: Recipe, *, model: str = "auto", dtype: Any = jnp.bfloat16
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    model: str = "auto",
+    dtype: Any = jnp.bfloat16,
+    statistics: str | os.PathLike[str] | Statistics | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Job:
     """Recognise a checkpoint, check every name, shape and dtype, and lay out the result; no memory.
 
+    Args:
+        checkpoint: the open source.
+        recipe: how to treat its matrices.
+        model: network, or "auto".
+        dtype: of the parameters that stay in floating point.
+        statistics: of the model's activations, or their file, for recipes that need them.
+
     Raises:
-        CheckpointError: not a known model, or tensors that are unknown, missing or mis-shaped.
-        RecipeError: a rule that decides nothing.
+        CheckpointError: not a known model, or tensors that are unknown, missing or mis-shaped;
+            no readable file of statistics; a LoRA file that does not fit it (`lora.read_lora`).
+        RecipeError: a rule that decides nothing; no statistics where they are needed, or some where
+            they are not.
+        StatisticsError: statistics of another model.
+        ValueError: a width that cannot be rotated as the recipe says.
     """
     model, layout = recognise(checkpoint, model)
-    config = SOURCES[model].read_config(checkpoint, layout)
-    params = NETWORKS[model].abstract_params(config, dtype)
+    config = ALL_SOURCES[model].read_config(checkpoint, layout)
+    params = MODELS[model].abstract_params(config, dtype)
     shapes = {
         part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)
     }
-    leaves = expand(layout, config, shapes)
+    leaves = expand(layout, config, shapes, checkpoint.names)
     constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
     check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
-    kernels = [_layer_path(leaf) for leaf in leaves if leaf.is_kernel]
+    kernels = [leaf.layer_path for leaf in leaves if leaf.is_kernel]
+    if statistics is not None and not recipe.needs_statistics:
+        raise RecipeError(f"recipe '{recipe.name}' needs no statistics; leave them out")
+    if isinstance(statistics, str | os.PathLike):
+        fields = dataclasses.asdict(config)
+        statistics = load_statistics(statistics, params, model=model, config=fields)
     return Job(
         checkpoint=checkpoint,
         model=model,
@@ -124,7 +175,10 @@ def plan(
         leaves=leaves,
         constants=constants,
         rules=recipe.assign(kernels),
-        abstract=jax.eval_shape(partial(quantize, recipe=recipe), params),
+        abstract=jax.eval_shape(partial(quantize, recipe=recipe, statistics=statistics), params),
+        statistics=statistics,
+        loras=tuple(loras),
+        updates=read_loras(loras, model, config),
     )
 
 
@@ -186,7 +240,10 @@ def run(
 
 def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
     """What a checkpoint's manifest says about its origin."""
+    loras = {"loras": [lora.to_json() for lora in job.loras]} if job.loras else {}
+    known = {} if job.statistics is None else {"statistics": _origin(job.statistics)}
     return {
+        **known,
         "model": job.model,
         "config": dataclasses.asdict(job.config),
         "recipe": job.recipe.to_json(),
@@ -195,29 +252,72 @@ def manifest(job: Job, digests: dict[str, str]) -> dict[str, Any]:
             "layout": job.layout.name,
             "files": digests,
             "notes": list(job.checkpoint.notes),
+            **loras,
         },
+    }
+
+
+def _origin(statistics: Statistics) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name in sorted(statistics.layers):
+        digest.update(name.encode() + statistics.layers[name].absmax.tobytes())
+    return {
+        "samples": statistics.samples,
+        "ranges": statistics.ranges.edges,
+        "run": statistics.digest,
+        "absmax_sha256": digest.hexdigest(),
     }
 
 
 def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
     array = read_leaf(job.checkpoint, leaf)
+    if update := job.update(leaf):
+        array = _merge(array, update)
     rule = job.rule(leaf)
     if rule is not None:
-        tensor, finite = _quantize_leaf(array, rule)
+        tensor, finite = _treat_leaf(array, rule, job.given(leaf, rule), jnp.dtype(job.dtype))
         if finite or not keep:
             return tensor, finite
     return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
 
 
-def _quantize_leaf(array: np.ndarray, rule: Rule) -> tuple[QTensor, bool]:
-    """Quantise a matrix (n, k), some rows at a time and side by side."""
+def _merge(array: np.ndarray, update: LowRank) -> np.ndarray:
+    """A matrix (n, k) and its update, in float32: a small one must not be rounded away."""
+    down, up = (np.ascontiguousarray(part.T, np.float32) for part in update)
+    merged = np.empty(array.shape, np.float32)
+    for start in range(0, len(array), ROWS):
+        rows = slice(start, start + ROWS)
+        merged[rows] = array[rows].astype(np.float32) + up[rows] @ down
+    return merged
+
+
+def _treat_leaf(
+    array: np.ndarray, rule: Rule, given: Given, dtype: np.dtype
+) -> tuple[QTensor | TransformedKernel, bool]:
+    """Treat a matrix (n, k), some rows at a time and side by side, and whether all is finite."""
     rows = _rows_at_once(len(array), rule)
     pieces = [array[start : start + rows] for start in range(0, len(array), rows)]
+    columns = np.zeros(array.shape[1], np.float32)
+    if rule.balance is not None:  # a mask needs all rows before the first can be treated
+        for piece in pieces:
+            columns = np.maximum(columns, np.abs(piece).max(axis=0).astype(np.float32))
+    mask = mask_of(rule, jnp.asarray(columns), given)
+    rotation = rotation_of(rule, array.shape[1])
+    static = static_scale(rule, given, mask)
+    treat = partial(_treat_rows, mask=mask, rule=rule, rotation=rotation, dtype=dtype)
     with ThreadPoolExecutor(THREADS) as pool:
-        done = list(pool.map(lambda piece: jax.device_get(_quantize_rows(piece, rule)), pieces))
-    tensors = [dataclasses.replace(tensor, shape=array.shape) for tensor, _ in done]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *tensors)
-    return whole, all(bool(finite) for _, finite in done)
+        done = list(pool.map(lambda piece: jax.device_get(treat(piece)), pieces))
+    made = [part for part, _ in done]
+    finite = all(bool(finite) for _, finite in done)
+    mask, static = jax.device_get((mask, static))
+    if rule.weights is None:
+        kernel: Any = np.concatenate(made).T
+        return TransformedKernel(kernel, mask, rotation), finite
+    whole = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves),
+        *(dataclasses.replace(part, shape=array.shape) for part in made),
+    )
+    return dataclasses.replace(whole, mask=mask, rotation=rotation, act_scale=static), finite
 
 
 def _rows_at_once(n: int, rule: Rule) -> int:
@@ -229,12 +329,18 @@ def _float_bytes_at_once(leaf: Leaf, rule: Rule | None) -> int:
     if rule is None:
         return 0
     n, k = leaf.shape
-    return 4 * k * min(n, THREADS * _rows_at_once(n, rule))
+    # a masked and a rotated copy, beside what quantising takes
+    transformed = 1 if rule.balance is None and rule.rotation is None else 2
+    return transformed * 4 * k * min(n, THREADS * _rows_at_once(n, rule))
 
 
-@partial(jax.jit, static_argnames="rule")
-def _quantize_rows(array: jax.Array, rule: Rule):
-    return quantize_weight(array, rule), jnp.isfinite(array).all()
+@partial(jax.jit, static_argnames=("rule", "rotation", "dtype"))
+def _treat_rows(array: jax.Array, mask: jax.Array | None, *, rule: Rule, rotation, dtype):
+    finite = jnp.isfinite(array).all()
+    weight = transform_weight(array, mask, rotation)
+    if rule.weights is None:
+        return weight.astype(dtype), finite
+    return quantize_weight(weight, rule), finite
 
 
 def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarray, bool]:
@@ -252,8 +358,3 @@ def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarr
 
 def _source_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return sum(checkpoint.info(name).nbytes for name in names)
-
-
-def _layer_path(leaf: Leaf) -> str:
-    linear = leaf.path.rsplit("/", 1)[0]
-    return f"{leaf.part}/{linear}" if "/" in leaf.part else linear

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from convert.checkpoint_files import open_checkpoint
 from convert.job import plan, run
 from convert.torch_file import Weights
+from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, SavedModel, assemble
 from lowbit_jax.quant.recipe import Recipe, load_recipe
 
@@ -22,6 +23,7 @@ def port(
     model: str = "auto",
     weights: Weights = "auto",
     dtype: Any = jnp.bfloat16,
+    statistics: str | os.PathLike[str] | Statistics | None = None,
 ) -> SavedModel:
     """Port a PyTorch checkpoint to a Flax parameter tree, quantising on the way.
 
@@ -32,17 +34,18 @@ def port(
         model: network, or "auto".
         weights: part of a training checkpoint, see `open_checkpoint`.
         dtype: of parameters that stay in floating point.
+        statistics: of the model's activations, or their file, for recipes that need them.
 
     Returns:
         What `lowbit_jax.checkpoint.load` gives for a converted folder; the manifest is empty.
 
     Raises:
-        CheckpointError, RecipeError, NonFiniteError: see `convert.job`.
+        CheckpointError, RecipeError, StatisticsError, NonFiniteError: see `convert.job`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     parts: list[tuple[str, Part]] = []
     with open_checkpoint(path, weights) as checkpoint:
-        job = plan(checkpoint, recipe, model=model, dtype=dtype)
+        job = plan(checkpoint, recipe, model=model, dtype=dtype, statistics=statistics)
         run(job, lambda name, part, bad: parts.append((name, part)))
     return SavedModel(
         params=assemble(parts),

@@ -149,11 +149,12 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
         raise SavedModelError(f"{path}: not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != "lowbit-jax":
         raise SavedModelError(f"{path}: not a lowbit-jax manifest")
-    for key, known in (("format_version", FORMAT_VERSION), ("layout_version", LAYOUT_VERSION)):
-        if manifest.get(key) != known:
+    versions = {"format_version": range(1, FORMAT_VERSION + 1), "layout_version": [LAYOUT_VERSION]}
+    for key, known in versions.items():
+        if manifest.get(key) not in known:
             raise SavedModelError(
-                f"{path}: {key} is {manifest.get(key)}, this library reads {known}; "
-                "update lowbit-jax or convert again"
+                f"{path}: {key} is {manifest.get(key)}, this library reads "
+                f"{', '.join(map(str, known))}; update lowbit-jax or convert again"
             )
     return manifest
 

@@ -1,6 +1,7 @@
 """How one parameter lies in a checkpoint: its arrays and the entry that describes them.
 
-An array is stored as it is, a `QTensor` as `<name>.codes`, `<name>.scale` and `<name>.zero`. In a
+An array is stored as it is, a `QTensor` as `<name>.codes`, `<name>.scale` and, where it has them,
+`<name>.zero`, `.mask` and `.act_scale`; a `TransformedKernel` as `<name>.kernel` and `.mask`. In a
 manifest each array has its shape, dtype and SHA-256.
 """
 
@@ -14,8 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from pallas_kernels import packing
+
+FIELDS = {  # kind of a leaf -> its arrays, some of which may be absent
+    "qtensor": ("codes", "scale", "zero", "mask", "act_scale"),
+    "transformed": ("kernel", "mask"),
+}
 
 
 def store_leaf(
@@ -29,6 +35,9 @@ def store_leaf(
         arrays: stored name -> array.
         archive: store ternary codes five to the byte.
     """
+    if isinstance(leaf, TransformedKernel):
+        found = {"kernel": leaf.kernel, "mask": leaf.mask}
+        return {"kind": "transformed", **_rotation(leaf), **_store_all(path, found, arrays)}
     if not isinstance(leaf, QTensor):
         return {"kind": "array", **_store(path, leaf, arrays)}
     spec: dict[str, Any] = {
@@ -37,16 +46,14 @@ def store_leaf(
         "shape": list(leaf.shape),
         "group": leaf.group,
         "act_bits": leaf.act_bits,
+        **_rotation(leaf),
     }
     codes = leaf.codes
     if archive and leaf.format == "ternary":
         codes = packing.pack_trits(packing.unpack(jnp.asarray(codes), 2, leaf.shape[1]))
         spec["codes_as"] = "trits"
-    spec["codes"] = _store(f"{path}/codes", codes, arrays)
-    spec["scale"] = _store(f"{path}/scale", leaf.scale, arrays)
-    if leaf.zero is not None:
-        spec["zero"] = _store(f"{path}/zero", leaf.zero, arrays)
-    return spec
+    found = {name: getattr(leaf, name) for name in FIELDS["qtensor"]} | {"codes": codes}
+    return spec | _store_all(path, found, arrays)
 
 
 def stored_arrays(specs: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -56,7 +63,7 @@ def stored_arrays(specs: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         if spec["kind"] == "array":
             yield name, spec
         else:
-            for field in ("codes", "scale", "zero"):
+            for field in FIELDS[spec["kind"]]:
                 if field in spec:
                     yield f"{name}.{field}", spec[field]
 
@@ -76,11 +83,11 @@ def restore_leaf(path: str, spec: Mapping[str, Any], arrays: Mapping[str, np.nda
     name = path.replace("/", ".")
     if spec["kind"] == "array":
         return arrays[name]
-    codes = arrays[f"{name}.codes"]
+    found = {field: arrays.get(f"{name}.{field}") for field in FIELDS[spec["kind"]]}
     if spec.get("codes_as") == "trits":
-        trits = packing.unpack_trits(jnp.asarray(codes), spec["shape"][1])
-        codes = np.asarray(packing.pack(trits, 2, pad=1))
-    return _qtensor(spec, codes, arrays[f"{name}.scale"], arrays.get(f"{name}.zero"))
+        trits = packing.unpack_trits(jnp.asarray(found["codes"]), spec["shape"][1])
+        found["codes"] = np.asarray(packing.pack(trits, 2, pad=1))
+    return _made(spec, found)
 
 
 def abstract_leaf(spec: Mapping[str, Any]) -> Any:
@@ -91,12 +98,22 @@ def abstract_leaf(spec: Mapping[str, Any]) -> Any:
 
     if spec["kind"] == "array":
         return shape(spec)
-    codes = shape(spec["codes"])
+    found = {name: shape(spec[name]) if name in spec else None for name in FIELDS[spec["kind"]]}
     if spec.get("codes_as") == "trits":
         n, k = spec["shape"]
-        codes = jax.ShapeDtypeStruct((n, packing.packed_size(k, 2)), jnp.uint8)
-    zero = shape(spec["zero"]) if "zero" in spec else None
-    return _qtensor(spec, codes, shape(spec["scale"]), zero)
+        found["codes"] = jax.ShapeDtypeStruct((n, packing.packed_size(k, 2)), jnp.uint8)
+    return _made(spec, found)
+
+
+def _rotation(leaf: QTensor | TransformedKernel) -> dict[str, int]:
+    return {} if leaf.rotation is None else {"rotation": leaf.rotation}
+
+
+def _store_all(
+    path: str, found: Mapping[str, Any], arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    there = {name: leaf for name, leaf in found.items() if leaf is not None}
+    return {name: _store(f"{path}/{name}", leaf, arrays) for name, leaf in there.items()}
 
 
 def _store(path: str, leaf: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -111,13 +128,15 @@ def _fingerprint(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
 
 
-def _qtensor(spec: Mapping[str, Any], codes: Any, scale: Any, zero: Any) -> QTensor:
+def _made(spec: Mapping[str, Any], arrays: Mapping[str, Any]) -> QTensor | TransformedKernel:
+    rotation = spec.get("rotation")
+    if spec["kind"] == "transformed":
+        return TransformedKernel(arrays["kernel"], arrays["mask"], rotation)
     return QTensor(
-        codes=codes,
-        scale=scale,
-        zero=zero,
+        **arrays,
         format=spec["format"],
         shape=tuple(spec["shape"]),
         group=spec["group"],
         act_bits=spec["act_bits"],
+        rotation=rotation,
     )

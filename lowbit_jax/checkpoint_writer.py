@@ -39,7 +39,7 @@ from lowbit_jax.checkpoint_store import (
 )
 from lowbit_jax.quant.qtensor import LAYOUT_VERSION
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no masks, rotations and static scales
 
 
 class Writer:

@@ -1,4 +1,4 @@
-"""`lowbit-jax`: inspect a converted checkpoint, list recipes, audit the GPU kernels."""
+"""`lowbit-jax`: make pictures, inspect a converted checkpoint, list recipes, audit the kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
+from lowbit_jax.cli_sample import Sample, sample
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.report import size_report, size_table
 from pallas_kernels.audit.cases import cases
@@ -61,7 +62,8 @@ class Audit:
 
 
 Command = (
-    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
@@ -79,9 +81,11 @@ def main(argv: list[str] | None = None) -> int:
             return audit(command, console)
         if isinstance(command, Inspect):
             inspect(command, console)
+        elif isinstance(command, Sample):
+            sample(command, console)
         else:
             list_recipes(console)
-    except (ValueError, OSError, ToolError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, ToolError) as error:
         print(f"lowbit-jax: {error}", file=sys.stderr)
         return 2
     return 0

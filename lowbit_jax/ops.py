@@ -7,13 +7,15 @@ from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.lora import LoraKernel
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
 from lowbit_jax.sharding.kernel import ShardedKernel
 from lowbit_jax.sharding.linear import sharded_linear
 from lowbit_jax.sharding.parts import cut, join, width
 from pallas_kernels import api
+from pallas_kernels.reference_rows import ROTATIONS
 from pallas_kernels.rows import QuantizedRows
 
 
@@ -29,13 +31,22 @@ class Before(Protocol):
     def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """In floating point."""
 
-    def quantize_rows(self, x: Float[Array, "b t k"], bits: int) -> QuantizedRows:
-        """The same, quantised per row, in one pass where there is a kernel for it."""
+    def quantize_rows(
+        self,
+        x: Float[Array, "b t k"],
+        bits: int,
+        mask: Float32[Array, "k"] | None = None,
+        rotation: int | None = None,
+    ) -> QuantizedRows:
+        """The same, quantised per row, in one pass where there is a kernel for it.
+
+        After a mask and a rotation of block size 64, 128 or 256: see `api.quantize_rows`.
+        """
 
 
 def linear(
     x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]],
-    kernel: Float[Array, "k n"] | QTensor | ShardedKernel,
+    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | ShardedKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -49,8 +60,13 @@ def linear(
     without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
     what comes after the sum in it (`pallas_kernels.api`).
 
+    A `QTensor` or `TransformedKernel` that is balanced or rotated takes `(before(x) * mask) @ R`,
+    in float32 up to the codes. Blocks of 64, 128 and 256 are rotated in the pass that quantises,
+    other sizes by small matrix products before it.
+
     The gradient of a quantised product is that of the floating-point product with the weights its
     codes stand for, straight through the rounding of the input; scales have gradients, codes none.
+    A `LoraKernel` adds its branch, which sees the input as it is, to the product of its base.
 
     Args:
         x: input, or its parts, to be joined along the features.
@@ -69,11 +85,13 @@ def linear(
     k = logical_shape(kernel)[-2]
     if width(x) != k:
         raise ValueError(f"x has {width(x)} features, the kernel takes {k}")
+    named: dict[str, Any] = {"before": before, "gate": gate, "parts": parts}
+    if isinstance(kernel, LoraKernel):
+        residual = _add_branch(join(x), kernel, before, gate, residual)
+        return linear(x, kernel.base, bias, residual=residual, **named)
     if isinstance(kernel, ShardedKernel):
-        after: dict[str, Any] = {"gate": gate, "residual": residual, "parts": parts}
-        return sharded_linear(linear, x, kernel, bias, before=before, **after)
-    product = _quantized_linear if isinstance(kernel, QTensor) else _float_linear
-    y = product(join(x), kernel, bias, before, gate, residual)
+        return sharded_linear(linear, x, kernel, bias, residual=residual, **named)
+    y = _linear(join(x), kernel, bias, before, gate, residual)
     return y if parts is None else cut(y, parts)
 
 
@@ -91,6 +109,22 @@ def logical_shape(kernel) -> tuple[int, ...]:
     if isinstance(kernel, ShardedKernel):
         kernel = kernel.kernel
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
+
+
+def _linear(x, kernel, bias, before, gate, residual):
+    if isinstance(kernel, QTensor):
+        return _quantized_linear(x, kernel, bias, before, gate, residual)
+    if isinstance(kernel, TransformedKernel):
+        dtype = x.dtype
+        x = _transformed(x, kernel.mask, kernel.rotation, before).astype(dtype)
+        kernel, before = kernel.kernel, None
+    return _float_linear(x, kernel, bias, before, gate, residual)
+
+
+def _add_branch(x, kernel: LoraKernel, before, gate, residual):
+    """What a low-rank branch adds, as part of the residual: the product is left as it is."""
+    side = _float_linear(x, kernel.down.astype(x.dtype), None, before, None, None)
+    return _float_linear(side, kernel.up.astype(x.dtype), None, None, gate, residual)
 
 
 def _float_linear(x, kernel, bias, before, gate, residual):
@@ -134,10 +168,9 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
     n, k = weight.shape
     if weight.act_bits is None:
-        rows = (x if before is None else before(x)).reshape(-1, k)
+        rows = _float_rows(x, weight, before).reshape(-1, k)
     else:
-        quantize = api.quantize_rows if before is None else before.quantize_rows
-        parts = quantize(x, weight.act_bits)
+        parts = _quantized_rows(x, weight, before)
         rows = QuantizedRows(*(part.reshape(-1, part.shape[-1]) for part in parts))
     y = api.matmul(
         rows,
@@ -152,6 +185,34 @@ def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
         out_dtype=x.dtype if x.dtype == jnp.bfloat16 else jnp.float32,
     )
     return y.astype(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _float_rows(x, weight: QTensor, before):
+    if weight.mask is None and weight.rotation is None:
+        return x if before is None else before(x)
+    return _transformed(x, weight.mask, weight.rotation, before).astype(x.dtype)
+
+
+def _quantized_rows(x, weight: QTensor, before) -> QuantizedRows:
+    assert weight.act_bits is not None
+    mask, rotation = weight.mask, weight.rotation
+    if weight.act_scale is not None:
+        rows = _transformed(x, mask, rotation, before)
+        finite = jnp.isfinite(rows).all(axis=-1, keepdims=True)
+        return static_rows(rows, weight.act_bits, weight.act_scale, finite)
+    if rotation is not None and rotation not in ROTATIONS:
+        rows = _transformed(x, mask, rotation, before)
+        return api.quantize_rows(rows, weight.act_bits)
+    quantize = api.quantize_rows if before is None else before.quantize_rows
+    return quantize(x, weight.act_bits, mask, rotation)
+
+
+def _transformed(x, mask, rotation, before) -> Float32[Array, "... k"]:
+    """`(before(x) * mask) @ R`, all of it in float32, as the kernels compute it."""
+    x = x.astype(jnp.float32)
+    if before is not None:
+        x = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)(x)
+    return transform_rows(x, mask, rotation)
 
 
 def _quantized_linear_fwd(*operands):

@@ -1,5 +1,6 @@
 """Saved trees: bit-identical after loading, damage found and named, whole or not there at all."""
 
+import dataclasses
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from lowbit_jax.checkpoint import OutputError, SavedModelError, Writer, iter_par
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import RECIPES, Recipe, Rule, WeightSpec
 from lowbit_jax.quant.report import size_report
-from lowbit_jax.quant.transform import quantize
+from lowbit_jax.quant.transform import quantize, rotate
+from tests.references.conversion import TREATMENT
 
 N, K, LAYERS = 48, 330, 4  # k: 2.6 blocks of 128, 66 bytes of trits
 PARTS = ["outer", *(f"double_blocks/{i}" for i in range(LAYERS))]
@@ -49,7 +51,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("archive", [False, True], ids=["plain", "archive"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", TREATMENT)
 def test_every_recipe_comes_back_bit_by_bit(tmp_path, recipe, archive):
     params = quantize(tree(), RECIPES[recipe])
     write(tmp_path / "out", params, RECIPES[recipe], archive=archive)
@@ -89,6 +91,30 @@ def test_what_a_qtensor_knows_is_kept(tmp_path):
     found = load(write(tmp_path / "out", params)).params
     assert_same(found, params)
     assert (found["d"]["kernel"].group, found["d"]["kernel"].act_bits) == (32, 2)
+
+
+def test_masks_rotations_and_static_scales_come_back(tmp_path):
+    rng = np.random.default_rng(2)
+    params = rotate(tree(), match="img_in", rotation="full", seed=3)
+    int8 = WeightSpec(format="int8", quantizer="absmax")
+    made = quantize(tree(), Recipe(name="x", rules=(Rule(match=".*", weights=int8, act_bits=8),)))
+    mask = jnp.asarray(rng.standard_normal((LAYERS, K), np.float32))
+    stack = made["double_blocks"]["0"]["attn"]["qkv"]
+    scale = jnp.arange(1.0, LAYERS + 1)
+    stack["kernel"] = dataclasses.replace(stack["kernel"], mask=mask, rotation=66, act_scale=scale)
+    params["double_blocks"] = made["double_blocks"]
+    write(tmp_path / "out", params)
+    assert_same(load(tmp_path / "out").params, params)
+    manifest = checkpoint.read_manifest(tmp_path / "out")
+    plan = dict(checkpoint.abstract_parts(manifest))
+    for name, part in iter_parts(params):
+        assert jax.tree.structure(plan[name]) == jax.tree.structure(dict(part))
+    sizes = size_report(iter_parts(params)), size_report(checkpoint.abstract_parts(manifest))
+    assert sizes[0].after == sizes[1].after == sum(x.nbytes for x in jax.tree.leaves(params))
+    # a version before there were masks is still read
+    manifest["format_version"] = 1
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert_same(load(tmp_path / "out").params, params)
 
 
 @pytest.mark.parametrize("ocdbt", [False, True], ids=["zarr", "ocdbt"])
@@ -248,7 +274,7 @@ def rename_tensor(manifest):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {**m, "format_version": 2}, "format_version is 2, this library reads 1; update"),
+        (lambda m: {**m, "format_version": 3}, "format_version is 3, this library reads 1, 2; up"),
         (lambda m: {**m, "layout_version": 9}, "layout_version is 9, this library reads 1; update"),
         (lambda m: {**m, "format": "other"}, "not a lowbit-jax manifest"),
         (lambda m: [m], "not a lowbit-jax manifest"),

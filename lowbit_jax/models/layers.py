@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from lowbit_jax import ops
 from lowbit_jax.models.scan import scan_layers
@@ -147,11 +147,19 @@ class AdaLN:
         """In floating point."""
         return modulate(x, self.shift, self.scale, self.eps)
 
-    def quantize_rows(self, x: Float[Array, "b ... t k"], bits: int) -> QuantizedRows:
+    def quantize_rows(
+        self,
+        x: Float[Array, "b ... t k"],
+        bits: int,
+        mask: Float32[Array, "k"] | None = None,
+        rotation: int | None = None,
+    ) -> QuantizedRows:
         """In one pass with the quantisation; float32 up to the codes."""
         shift, scale = (vectors.reshape(-1, x.shape[-1]) for vectors in (self.shift, self.scale))
         tokens = x.reshape(len(shift), -1, x.shape[-1])
-        rows = api.modulate_quantize_rows(tokens, shift, scale, bits, eps=self.eps)
+        rows = api.modulate_quantize_rows(
+            tokens, shift, scale, bits, eps=self.eps, mask=mask, rotation=rotation
+        )
         return QuantizedRows(*(part.reshape(*x.shape[:-1], -1) for part in rows))
 
 
@@ -166,9 +174,15 @@ class Gelu:
         """In floating point."""
         return gelu_tanh(x)
 
-    def quantize_rows(self, x: Float[Array, "... k"], bits: int) -> QuantizedRows:
+    def quantize_rows(
+        self,
+        x: Float[Array, "... k"],
+        bits: int,
+        mask: Float32[Array, "k"] | None = None,
+        rotation: int | None = None,
+    ) -> QuantizedRows:
         """In one pass with the quantisation; float32 up to the codes."""
-        return api.gelu_quantize_rows(x, bits)
+        return api.gelu_quantize_rows(x, bits, mask, rotation)
 
 
 def timestep_embedding(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowbit_jax.quant.masks import checked_alpha
 from pallas_kernels.formats import FORMATS
 
 INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
@@ -43,28 +44,63 @@ class WeightSpec:
             raise RecipeError(
                 f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
             )
-        if isinstance(self.granularity, bool) or not (
-            self.granularity in ("channel", "tensor")
-            or (isinstance(self.granularity, int) and self.granularity > 0)
-        ):
+        if not (self.granularity in ("channel", "tensor") or _is_positive(self.granularity)):
             raise RecipeError(
                 f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
+class Balance:
+    """How the channels of a linear's input are balanced with its weights; needs statistics.
+
+    Attributes:
+        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`.
+    """
+
+    alpha: float
+
+    def __post_init__(self) -> None:
+        try:
+            checked_alpha(self.alpha)
+        except ValueError as error:
+            raise RecipeError(f"balance: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What to do with the kernels whose layer path matches.
+    """What to do with the kernels whose layer path matches: balance, rotate, quantise.
 
     Attributes:
         match: regular expression for the whole layer path, such as "double_blocks/3/img_attn/qkv".
         weights: how to quantise; None keeps the kernel in floating point.
         act_bits: bits of the per-token activations (2..8); None leaves them in floating point.
+        balance: a mask between input and weights; None for none.
+        rotation: of input and weights, by a randomised Hadamard matrix: block size, "full" for the
+            whole width, "auto" for the largest block that the kernels rotate in the pass that
+            quantises, and else "full"; None for none.
+        act_static: one scale for all tokens, steps and samples, from statistics, instead of one per
+            token: the naive baseline. Not with a rotation: statistics are of channels as they are.
+        optional: the rule may decide nothing, as those of recipes for many networks.
     """
 
     match: str
     weights: WeightSpec | None
     act_bits: int | None = None
+    balance: Balance | None = None
+    rotation: int | str | None = None
+    act_static: bool = False
+    optional: bool = False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the rule leaves kernels as they are."""
+        return self.weights is None and self.balance is None and self.rotation is None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether statistics of the activations are needed."""
+        return self.balance is not None or self.act_static
 
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
@@ -81,6 +117,16 @@ class Rule:
             type(self.act_bits) is int and 2 <= self.act_bits <= 8
         ):
             raise RecipeError(f"rule '{self.match}': act_bits {self.act_bits!r} outside 2..8")
+        if not (self.rotation in (None, "full", "auto") or _is_positive(self.rotation)):
+            raise RecipeError(
+                f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
+                "nor 'auto'"
+            )
+        for name in ("act_static", "optional"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"rule '{self.match}': {name} is no boolean")
+        if self.act_static and (self.act_bits is None or self.rotation is not None):
+            raise RecipeError(f"rule '{self.match}': act_static needs act_bits and no rotation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +139,25 @@ class Recipe:
         on_nonfinite: "error" stops on a NaN or inf weight, naming it; "keep" leaves that matrix in
             floating point.
         description: one line for people.
+        seed: of the signs of rotations, with the layer path: see `hadamard.signs`.
     """
 
     name: str
     rules: tuple[Rule, ...] = ()
     on_nonfinite: str = "error"
     description: str = ""
+    seed: int = 0
 
     def __post_init__(self) -> None:
+        if type(self.seed) is not int:
+            raise RecipeError(f"seed {self.seed!r} is no integer")
         if self.on_nonfinite not in ("error", "keep"):
             raise RecipeError(f"on_nonfinite '{self.on_nonfinite}' is neither 'error' nor 'keep'")
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether any rule needs statistics of the activations."""
+        return any(rule.needs_statistics for rule in self.rules)
 
     def keeping(self, match: str) -> Recipe:
         """The same recipe, but kernels whose whole layer path matches stay in floating point.
@@ -119,13 +174,17 @@ class Recipe:
         return None if index is None else self.rules[index]
 
     def assign(self, layers: list[str]) -> dict[str, Rule | None]:
-        """How each layer path is quantised; None for those that stay in floating point.
+        """How each layer path is treated; None for those that stay as they are.
 
         Raises:
             RecipeError: some rules decide nothing; names all of them and an example of a path.
         """
         deciding = {self._first_match(layer) for layer in layers}
-        idle = [rule.match for index, rule in enumerate(self.rules) if index not in deciding]
+        idle = [
+            rule.match
+            for index, rule in enumerate(self.rules)
+            if index not in deciding and not rule.optional
+        ]
         if idle:
             example = f"; layers look like '{layers[len(layers) // 2]}'" if layers else ""
             raise RecipeError(
@@ -133,7 +192,7 @@ class Recipe:
                 f"{', '.join(map(repr, idle))}{example}"
             )
         chosen = {layer: self.rule_for(layer) for layer in layers}
-        return {layer: rule if rule and rule.weights else None for layer, rule in chosen.items()}
+        return {layer: rule and (None if rule.keeps else rule) for layer, rule in chosen.items()}
 
     def _first_match(self, layer: str) -> int | None:
         matches = (i for i, rule in enumerate(self.rules) if re.fullmatch(rule.match, layer))
@@ -158,8 +217,16 @@ class Recipe:
             if item.get("weights") is not None:
                 spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
                 item["weights"] = WeightSpec(**spec)
+            if item.get("balance") is not None:
+                item["balance"] = Balance(
+                    **_fields(Balance, item["balance"], f"rule {number}, balance")
+                )
             rules.append(Rule(**item))
         return Recipe(**(fields | {"rules": tuple(rules)}))
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
@@ -183,6 +250,12 @@ BLOCK_LINEARS = r"[a-z_]*blocks/\d+/.*"  # every linear inside a transformer blo
 CAPTION_KEYS_VALUES = r".*/cross_attn/kv_linear"
 
 
+# Linears inside blocks that make shifts, scales and gates of the time: one row for each sample.
+MODULATIONS = r"[a-z_]*blocks/\d+/(adaLN_modulation|(\w+_mod|modulation)/lin)"
+MLPS = r"[a-z_]*blocks/\d+/(.*/)?(\w+_)?mlp/.*"
+FIRST_BLOCKS = r"[a-z_]*blocks/0/.*"
+
+
 def _blocks(
     name: str, description: str, weights: WeightSpec, act_bits: int | None = None
 ) -> Recipe:
@@ -194,6 +267,65 @@ _INT8 = WeightSpec(format="int8", quantizer="absmax")
 _INT4 = WeightSpec(format="int4", quantizer="mse")
 _INT4_GROUPS = WeightSpec(format="int4", quantizer="minmax", granularity=128)
 _TERNARY = WeightSpec(format="ternary", quantizer="least_squares")
+_CHANNELS = {8: _INT8, 6: WeightSpec(format="int6", quantizer="mse"), 4: _INT4}
+_GROUPS = {
+    bits: WeightSpec(format=f"int{bits}", quantizer="minmax", granularity=128) for bits in (8, 6, 4)
+}
+_NAIVE = {bits: WeightSpec(format=f"int{bits}", quantizer="absmax") for bits in (8, 4)}
+
+
+def _time_aware(name: str, description: str, bits: int, *rules: Rule) -> Recipe:
+    """A recipe whose modulations have groups of 128 weights and floating inputs.
+
+    They are a third of a DiT or FLUX and a thousandth of its products: their bytes count, their
+    speed does not, and their errors reach every token. So for all methods alike.
+    """
+    modulations = Rule(match=MODULATIONS, weights=_GROUPS[bits], optional=True)
+    return Recipe(name=name, rules=(modulations, *rules), description=description)
+
+
+def _method(name: str, description: str, bits: str, weights: WeightSpec, **options: Any) -> Recipe:
+    """One method at "w4a8" and the like."""
+    rule = Rule(match=BLOCK_LINEARS, weights=weights, act_bits=int(bits[3]), **options)
+    return _time_aware(f"{name}-{bits}", f"{description}, {bits.upper()}", int(bits[1]), rule)
+
+
+def _viditq(bits: str, alpha: float) -> Recipe:
+    balance = Balance(alpha=alpha)
+    text = "ViDiT-Q: static mask, randomised Hadamard rotation, per token"
+    return _method("viditq", text, bits, _CHANNELS[int(bits[1])], balance=balance, rotation="auto")
+
+
+def _viditq_mixed(alpha: float) -> Recipe:
+    """ViDiT-Q's own tables as one: MLPs (v1, and v2 of PixArt) and first blocks (v2) at 8 bits."""
+    plain = _viditq("w4a8", alpha)
+    rest = plain.rules[-1]
+    more = [
+        dataclasses.replace(rest, match=match, weights=_INT8, optional=True)
+        for match in (FIRST_BLOCKS, MLPS)
+    ]
+    text = "ViDiT-Q W4A8, mixed: MLPs and first blocks at 8 bits"
+    return _time_aware("viditq-w4a8-mp", text, 4, *more, rest)
+
+
+def _rivals() -> list[Recipe]:
+    smooth = {"w8a8": 0.625, "w6a6": 0.625, "w4a8": 0.11, "w4a4": 0.5}  # v1's; SmoothQuant's
+    text = "static activations, one scale per tensor"
+    found = [
+        _method("naive", text, bits, _NAIVE[int(bits[1])], act_static=True)
+        for bits in ("w8a8", "w4a8")
+    ]
+    for bits, alpha in smooth.items():
+        weights = _CHANNELS[int(bits[1])]
+        groups = _GROUPS[int(bits[1])]
+        balance = Balance(alpha=alpha)
+        found += [
+            _method("smoothquant", "channels balanced", bits, weights, balance=balance),
+            _method("quarot", "whole rows rotated", bits, weights, rotation="full"),
+            _method("qdit", "groups of 128 weights, min-max", bits, groups),
+        ]
+    return found
+
 
 RECIPES = {
     recipe.name: recipe
@@ -209,6 +341,12 @@ RECIPES = {
         ),
         _blocks("flux-1.58bit", "ternary weights per channel (exact least squares)", _TERNARY),
         _blocks("flux-1.58bit-a8", "ternary weights, int8 activations per token", _TERNARY, 8),
+        _viditq("w8a8", 0.25),
+        _viditq("w6a6", 0.25),
+        _viditq("w4a8", 0.01),
+        _viditq_mixed(0.01),
+        _viditq("w4a4", 0.25),
+        *sorted(_rivals(), key=lambda recipe: recipe.name),
     )
 }
 

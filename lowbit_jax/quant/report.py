@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lowbit_jax.quant.qtensor import QTensor, tree_bytes
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, tree_bytes
 from pallas_kernels.formats import FORMATS
 
 OTHERS = "norms and tables"
@@ -27,7 +27,7 @@ class Group:
         count: number of matrices (or norms and tables).
         parameters: number of parameters, biases included.
         before: bytes as floating-point parameters.
-        after: bytes in memory: codes, scales, zero points, biases.
+        after: bytes in memory: codes, scales, zero points, masks, biases.
         disk: bytes before compression on disk; less than `after` in the dense ternary archive form.
     """
 
@@ -101,14 +101,22 @@ def size_report(
 def describe(leaf: Any) -> str:
     """A leaf's storage in words, such as "int4 (4 bit) per group 128"."""
     if not isinstance(leaf, QTensor):
-        return str(leaf.dtype)
+        return str(leaf.dtype) + (_transforms(leaf) if isinstance(leaf, TransformedKernel) else "")
     if leaf.scale.shape[-1] > 1:
         sharing = f"group {leaf.group}"
     else:
         sharing = "tensor" if leaf.scale.shape[-2] == 1 < leaf.shape[0] else "channel"
     zero = "" if leaf.zero is None else ", zero points"
-    acts = "" if leaf.act_bits is None else f", int{leaf.act_bits} activations"
-    return f"{leaf.format} ({FORMATS[leaf.format].bits} bit) per {sharing}{zero}{acts}"
+    static = "" if leaf.act_scale is None else "static "
+    acts = "" if leaf.act_bits is None else f", {static}int{leaf.act_bits} activations"
+    bits = FORMATS[leaf.format].bits
+    return f"{leaf.format} ({bits} bit) per {sharing}{zero}{acts}{_transforms(leaf)}"
+
+
+def _transforms(leaf: QTensor | TransformedKernel) -> str:
+    if leaf.rotation is not None:
+        return f", masked, rotated {leaf.rotation}"
+    return "" if leaf.mask is None else ", masked"
 
 
 def disk_bytes(leaf: Any, archive: bool) -> int:
@@ -116,7 +124,7 @@ def disk_bytes(leaf: Any, archive: bool) -> int:
     if not (archive and isinstance(leaf, QTensor) and leaf.format == "ternary"):
         return tree_bytes(leaf)
     n, k = leaf.shape
-    return leaf.layers * n * -(-k // 5) + tree_bytes((leaf.scale, leaf.zero))
+    return leaf.layers * n * -(-k // 5) + leaf.nbytes - tree_bytes(leaf.codes)
 
 
 def size_table(report: SizeReport, title: str) -> Table:

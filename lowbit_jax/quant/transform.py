@@ -1,17 +1,20 @@
-"""`quantize(params, recipe) -> params` and its inverse: pure functions over parameter trees."""
+"""`quantize`, `balance`, `rotate`, `dequantize`: pure functions from parameter tree to tree."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
 
-from lowbit_jax.quant import quantizers
-from lowbit_jax.quant.qtensor import QTensor, is_qtensor
-from lowbit_jax.quant.recipe import Recipe, Rule
+from lowbit_jax.quant import hadamard
+from lowbit_jax.quant.lora import LoraKernel
+from lowbit_jax.quant.masks import over_runs
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, is_kernel
+from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
 from lowbit_jax.quant.stacks import (
     Tree,
     iter_layers,
@@ -23,15 +26,33 @@ from lowbit_jax.quant.stacks import (
     segments,
     slice_layers,
 )
-from pallas_kernels.formats import FORMATS, pack_codes
+from lowbit_jax.quant.weights import Given, quantize_kernel, quantize_weight, treat_kernel
+
+if TYPE_CHECKING:  # calibration knows quantised trees
+    from lowbit_jax.calibration.statistics import Statistics
+
+__all__ = [
+    "NonFiniteError",
+    "balance",
+    "dequantize",
+    "given_of",
+    "nonfinite_message",
+    "quantize",
+    "quantize_kernel",
+    "quantize_weight",
+    "rotate",
+]
 
 
 class NonFiniteError(ValueError):
     """Weights with NaN or inf; the message names the parameters."""
 
 
-def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
-    """Replace kernels by `QTensor`s as a recipe says; everything else is kept as it is.
+def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None) -> dict[str, Any]:
+    """Replace kernels as a recipe says: balanced, rotated, quantised, in this order.
+
+    A kernel becomes a `QTensor`, or a `TransformedKernel` where the rule quantises nothing;
+    everything else is kept as it is. Kernels that `balance` or `rotate` has transformed keep that.
 
     Pure: works under `jit`, `vmap` and `jax.eval_shape` (a plan that costs no memory). Stacked
     layers treated alike stay one segment; where treatments change, the stack is cut.
@@ -39,115 +60,183 @@ def quantize(params: Tree, recipe: Recipe) -> dict[str, Any]:
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
         recipe: what to do.
+        statistics: of the model's activations, for recipes that balance.
 
     Raises:
-        RecipeError: a rule that decides nothing.
-        ValueError: a kernel that is quantised already.
-        NonFiniteError: a NaN or inf in a kernel to be quantised, unless the recipe keeps those.
+        RecipeError: a rule that decides nothing; a recipe that needs statistics without them.
+        StatisticsError: statistics of another model, by name.
+        ValueError: a kernel that is quantised or transformed already; a width that no rotation of
+            the size asked for fits.
+        NonFiniteError: a NaN or inf in a kernel to be treated, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
     chosen = recipe.assign(layer_paths(params))
     _check_unquantized(params, chosen)
+    check_statistics(recipe, chosen, statistics, params)
     chosen |= dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
 
-    def treat(path: tuple[str, ...], kernel):
-        rule = chosen["/".join(path)]
-        return kernel if rule is None else quantize_kernel(kernel, rule)
+    treat = _Treatment(chosen, recipe, statistics)
+    return map_stacks(params, treat.stack, treat.kernel)
 
-    def treat_stack(path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class _Treatment:
+    """What `quantize` has decided about every layer."""
+
+    chosen: dict[str, Rule | None]
+    recipe: Recipe
+    statistics: Statistics | None
+
+    def kernel(self, path: tuple[str, ...], kernel):
+        """The kernel of a linear outside the stacks."""
+        layer = "/".join(path)
+        rule = self.chosen[layer]
+        if rule is None:
+            return kernel
+        return treat_kernel(kernel, rule, self._given(layer, kernel.shape[-2]))
+
+    def stack(self, path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
+        """A stack, cut where treatments change."""
         out: dict[str, Any] = {}
         for first, length, tree in segments(stack):
             linears = [linear for linear, _ in kernels(tree)]
-            rules = [
-                {linear: chosen["/".join((*path, str(first + i), *linear))] for linear in linears}
-                for i in range(length)
-            ]
-            for start, stop in runs([[_treatment(r) for r in layer.values()] for layer in rules]):
-                out[str(first + start)] = map_kernels(
-                    slice_layers(tree, start, stop), partial(_treat_stacked, rules[start])
-                )
+            layers = ["/".join((*path, str(first + i))) for i in range(length)]
+            signatures = [[self._signature(f"{l}/{'/'.join(x)}") for x in linears] for l in layers]
+            for start, stop in runs(signatures):
+                treat = partial(self._run, layers[start:stop])
+                out[str(first + start)] = map_kernels(slice_layers(tree, start, stop), treat)
         return out
 
-    return map_stacks(params, treat_stack, treat)
+    def _run(self, layers: list[str], linear: tuple[str, ...], kernel):
+        """The kernels of one linear of consecutive layers, treated alike."""
+        paths = ["/".join((layer, *linear)) for layer in layers]
+        rule = self.chosen[paths[0]]
+        if rule is None:
+            return kernel
+        given = [self._given(path, kernel.shape[-2]) for path in paths]
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *given)
+        # one layer at a time: the temporaries of a quantiser are several times its input
+        return jax.lax.map(lambda layer: treat_kernel(layer[0], rule, layer[1]), (kernel, stacked))
+
+    def _signature(self, path: str) -> Any:
+        """What two rules must share for their layers to be stacked."""
+        rule = self.chosen[path]
+        if rule is None:
+            return None
+        balanced = rule.balance is not None
+        return rule.weights, rule.act_bits, rule.act_static, balanced, rule.rotation
+
+    def _given(self, path: str, k: int) -> Given:
+        rule = self.chosen[path]
+        assert rule is not None
+        return given_of(rule, path, k, self.recipe, self.statistics)
 
 
-def _treatment(rule: Rule | None) -> Any:
-    """What two rules must share for their layers to be stacked."""
-    return rule and (rule.weights, rule.act_bits)
+def balance(
+    params: Tree, statistics: Statistics, *, match: str, alpha: float = 0.5
+) -> dict[str, Any]:
+    """Balance kernels with their inputs, exactly: no product changes, see `quant.masks`.
 
-
-def _treat_stacked(rules: dict, linear: tuple[str, ...], kernel):
-    rule = rules[linear]
-    if rule is None:
-        return kernel
-    # one layer at a time: the temporaries of a quantiser are several times its input
-    return jax.lax.map(partial(quantize_kernel, rule=rule), kernel)
-
-
-def quantize_kernel(kernel: Float[Array, "k n"], rule: Rule) -> QTensor:
-    """Quantise one Flax kernel (k, n)."""
-    return quantize_weight(kernel.T, rule)
-
-
-def quantize_weight(weight: Float[Array, "n k"], rule: Rule) -> QTensor:
-    """Quantise one matrix in PyTorch's orientation (n, k), by the formulas of `quant.quantizers`.
+    Args:
+        params: floating parameter tree.
+        statistics: of its activations.
+        match: regular expression for the whole layer paths of the kernels.
+        alpha: SmoothQuant's.
 
     Raises:
-        ValueError: a rule without a weight spec.
+        As `quantize`.
     """
-    spec = rule.weights
-    if spec is None:
-        raise ValueError(f"rule '{rule.match}' keeps its kernels in floating point")
-    n, k = weight.shape
-    group = spec.granularity if isinstance(spec.granularity, int) else None
-    sharing = {"group": group, "per_tensor": spec.granularity == "tensor"}
-    if spec.format == "ternary":
-        codes, scale, zero = _TERNARY[spec.quantizer](weight, **sharing)
-    else:
-        bits = FORMATS[spec.format].bits
-        codes, scale, zero = _INTEGER[spec.quantizer](weight, bits, **sharing)
-    return QTensor(
-        codes=pack_codes(codes, spec.format),
-        scale=scale,
-        zero=zero,
-        format=spec.format,
-        shape=(n, k),
-        group=min(group or k, k),
-        act_bits=rule.act_bits,
-    )
+    rule = Rule(match=match, weights=None, balance=Balance(alpha=alpha))
+    return quantize(params, Recipe(name="balance", rules=(rule,)), statistics)
 
 
-_INTEGER = {"absmax": quantizers.absmax, "minmax": quantizers.minmax, "mse": quantizers.mse}
-_TERNARY = {
-    "absmean": quantizers.absmean,
-    "twn": quantizers.twn,
-    "least_squares": quantizers.least_squares_fast,
-}
+def rotate(
+    params: Tree, *, match: str, rotation: int | str = "auto", seed: int = 0
+) -> dict[str, Any]:
+    """Rotate kernels and their inputs by a randomised Hadamard matrix, exactly.
+
+    Args:
+        params: parameter tree, floating or balanced.
+        match: regular expression for the whole layer paths of the kernels.
+        rotation: block size, "full" or "auto": see `hadamard.rotation_size`.
+        seed: of the signs, with the layer path.
+
+    Raises:
+        As `quantize`.
+    """
+    rule = Rule(match=match, weights=None, rotation=rotation)
+    return quantize(params, Recipe(name="rotate", rules=(rule,), seed=seed))
+
+
+def check_statistics(
+    recipe: Recipe, chosen: dict[str, Rule | None], statistics: Statistics | None, params: Tree
+) -> None:
+    """That a recipe has the statistics it needs, and that they are this model's.
+
+    Raises:
+        RecipeError: there are none. StatisticsError: they are another model's.
+    """
+    needing = [path for path, rule in chosen.items() if rule is not None and rule.needs_statistics]
+    if not needing:
+        return
+    if statistics is None:
+        raise RecipeError(
+            f"recipe '{recipe.name}' needs statistics of the activations of {len(needing)} layers, "
+            f"such as {needing[0]}: collect them with lowbit_jax.calibration and pass them "
+            "(convert_and_quantize --stats FILE)"
+        )
+    if _is_concrete(*jax.tree.leaves(statistics)):
+        statistics.check(params)
+
+
+def given_of(
+    rule: Rule, layer: str, k: int, recipe: Recipe, statistics: Statistics | None
+) -> Given:
+    """What a layer's rule needs beside the weights."""
+    absmax: Any = None
+    alpha: Any = None
+    if rule.needs_statistics:
+        assert statistics is not None  # check_statistics
+        absmax = over_runs(statistics.layers[layer].absmax)
+    if rule.balance is not None:
+        alpha = np.float32(rule.balance.alpha)
+    rotates = rule.rotation is not None
+    signs: Any = hadamard.signs(recipe.seed, layer, k) if rotates else None
+    return Given(absmax, alpha, signs)
 
 
 def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:
-    """The tree with every `QTensor` replaced by the float kernel (.., k, n) it stands for."""
+    """The tree with every `QTensor` and `TransformedKernel` replaced by the kernel it stands for.
+
+    That is (.., k, n), for inputs as they are.
+    """
 
     def restore(leaf):
-        return jnp.swapaxes(leaf.dequantize(dtype), -1, -2) if is_qtensor(leaf) else leaf
+        if isinstance(leaf, TransformedKernel):
+            return leaf.restore(dtype)
+        return jnp.swapaxes(leaf.dequantize(dtype), -1, -2) if is_kernel(leaf) else leaf
 
-    return jax.tree.map(restore, params, is_leaf=is_qtensor)
+    return jax.tree.map(restore, params, is_leaf=is_kernel)
 
 
 def _check_unquantized(params: Tree, chosen: dict[str, Rule | None]) -> None:
     done = [
         path
         for path, kernel, _ in iter_layers(params)
-        if chosen[path] is not None and isinstance(kernel, QTensor)
+        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel)
     ]
     if done:
-        raise ValueError(f"{done[0]} and {len(done) - 1} more kernels are quantised already")
+        raise ValueError(
+            f"{done[0]} and {len(done) - 1} more kernels are quantised already, or have a branch"
+        )
 
 
 def _nonfinite_layers(params: Tree, chosen: dict, recipe: Recipe) -> list[str]:
     """Layers to keep in floating point for NaN or inf; raises unless the recipe allows it."""
     found = []
     for path, kernel, index in iter_layers(params):
+        if isinstance(kernel, TransformedKernel):
+            kernel = kernel.kernel
         if chosen[path] is None or not _is_concrete(kernel):
             continue
         if not bool(jnp.isfinite(kernel if index is None else kernel[index]).all()):
@@ -166,5 +255,5 @@ def nonfinite_message(found: list[str], recipe: Recipe) -> str:
     )
 
 
-def _is_concrete(array: Any) -> bool:
-    return not isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct))
+def _is_concrete(*arrays: Any) -> bool:
+    return not any(isinstance(array, (jax.core.Tracer, jax.ShapeDtypeStruct)) for array in arrays)

@@ -13,11 +13,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.sharding.parts import device_order
 from pallas_kernels.formats import FORMATS
 from pallas_kernels.packing import BLOCK
 
+Matrix = Float[Array, "... k n"] | QTensor | TransformedKernel
 How = Literal["outputs", "gathered", "inputs", "whole"]
 
 
@@ -75,11 +76,11 @@ class ShardedKernel:
     """A kernel whose fused axis is in the order of devices; `ops.linear` multiplies with it.
 
     Attributes:
-        kernel: float array (..., k, n) or QTensor, global arrays.
+        kernel: of global arrays.
         split: how they lie.
     """
 
-    kernel: Float[Array, "... k n"] | QTensor
+    kernel: Matrix
     split: Split = field(metadata={"static": True})
 
     def natural(self) -> Float[Array, "k n"]:
@@ -87,6 +88,8 @@ class ShardedKernel:
         kernel = self.kernel
         if isinstance(kernel, QTensor):
             kernel = jnp.swapaxes(kernel.dequantize(), -1, -2)
+        elif isinstance(kernel, TransformedKernel):
+            kernel = kernel.restore()
         order = device_order(self.split.parts, self.split.shards)
         if order is None:
             return kernel
@@ -94,7 +97,7 @@ class ShardedKernel:
         return jnp.take(kernel, np.argsort(order), axis=axis)
 
 
-def lies(kernel: Float[Array, "... k n"] | QTensor, split: Split, *, stored: bool) -> Any:
+def lies(kernel: Matrix, split: Split, *, stored: bool) -> Any:
     """The `Lie` of every leaf of a kernel, in a tree like it.
 
     Args:
@@ -117,6 +120,12 @@ def lies(kernel: Float[Array, "... k n"] | QTensor, split: Split, *, stored: boo
                 moved = (axis, wanted) if wanted is not None else moved
         return Lie(P(*names), *moved)
 
+    def mask(leaf):
+        return None if leaf is None else lie(leaf, (-1, inputs, k_order))
+
+    if isinstance(kernel, TransformedKernel):
+        matrix = lie(kernel.kernel, (-1, outputs, n_order), (-2, inputs, k_order))
+        return dataclasses.replace(kernel, kernel=matrix, mask=mask(kernel.mask))
     if not isinstance(kernel, QTensor):
         return lie(kernel, (-1, outputs, n_order), (-2, inputs, k_order))
     groups = _in_units(k_order, kernel.group)
@@ -128,6 +137,8 @@ def lies(kernel: Float[Array, "... k n"] | QTensor, split: Split, *, stored: boo
         ),
         scale=shared(kernel.scale),
         zero=None if kernel.zero is None else shared(kernel.zero),
+        mask=mask(kernel.mask),
+        act_scale=None if kernel.act_scale is None else lie(kernel.act_scale),
     )
 
 
@@ -136,7 +147,7 @@ def is_lie(node: Any) -> bool:
     return isinstance(node, Lie)
 
 
-def local(kernel: Float[Array, "k n"] | QTensor) -> Float[Array, "k n"] | QTensor:
+def local(kernel: Matrix) -> Matrix:
     """A device's share, with the shape that it has there."""
     if not isinstance(kernel, QTensor):
         return kernel
@@ -145,15 +156,18 @@ def local(kernel: Float[Array, "k n"] | QTensor) -> Float[Array, "k n"] | QTenso
     return dataclasses.replace(kernel, shape=(kernel.codes.shape[-2], k))
 
 
-def unit(kernel: Float[Array, "... k n"] | QTensor) -> tuple[int, str]:
-    """How many inputs cannot be parted, and why: a block of packed codes, a group of one scale."""
-    if not isinstance(kernel, QTensor):
-        return 1, ""
-    size, reason = (BLOCK, "a block of packed codes") if _packed(kernel.format) else (1, "")
-    if kernel.scale.shape[-1] > 1:
+def unit(kernel: Matrix) -> tuple[int, str]:
+    """How many inputs cannot be parted, and why: a block of packed codes, a group, a rotation."""
+    size, reasons = 1, []
+    if isinstance(kernel, QTensor) and _packed(kernel.format):
+        size, reasons = BLOCK, ["a block of packed codes"]
+    if isinstance(kernel, QTensor) and kernel.scale.shape[-1] > 1:
         size = int(np.lcm(size, kernel.group))
-        reason = f"{reason} and a group of {kernel.group}" if reason else "a group with one scale"
-    return size, reason
+        reasons.append(f"a group of {kernel.group}")
+    if isinstance(kernel, QTensor | TransformedKernel) and kernel.rotation is not None:
+        size = int(np.lcm(size, kernel.rotation))
+        reasons.append(f"a rotation of {kernel.rotation}")
+    return size, " and ".join(reasons)
 
 
 def _packed(format: str) -> bool:

@@ -17,11 +17,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
-from lowbit_jax.quant.qtensor import QTensor
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
 from lowbit_jax.sharding.kernel import ShardedKernel, is_lie, lies, local
 from lowbit_jax.sharding.parts import cut, join, offsets
 from pallas_kernels import api
 from pallas_kernels.reference import epilogue
+from pallas_kernels.reference_rows import ROTATIONS
+from pallas_kernels.rows import QuantizedRows
 
 
 def sharded_linear(
@@ -72,14 +74,14 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def _by_outputs(one, x, kernel, bias, before, gate, residual):
     split, x = kernel.split, join(x)
-    if len(split.parts) > 1 and (gate is not None or residual is not None):
-        raise ValueError(f"a product cut into parts {split.parts} takes no gate and no residual")
     rows = _rows(split, x)
     last = lambda array: P(*_lead(rows, array), split.axis)  # noqa: E731
     sizes = [size // split.shards for size in split.parts]
+    gate, residual = (None if v is None else cut(v, split.parts) for v in (gate, residual))
 
     def share(x, weight, bias, before, gate, residual):
         bias = None if bias is None else _own(bias, split)
+        gate, residual = (None if v is None else join(v) for v in (gate, residual))
         y = one(x, local(weight), bias, before=before, gate=gate, residual=residual)
         ys = cut(y, sizes)
         if split.how == "outputs":
@@ -94,8 +96,8 @@ def _by_outputs(one, x, kernel, bias, before, gate, residual):
             (kernel.kernel, _specs(kernel)),
             (bias, P()),  # whole, as all biases are stored: cut outside, shares would be sent about
             (before, _vectors(rows, x, before)),
-            (gate, None if gate is None else last(gate)),
-            (residual, None if residual is None else last(residual)),
+            (gate, None if gate is None else last(gate[0])),
+            (residual, None if residual is None else last(residual[0])),
         ),
         last(x) if split.how == "outputs" else P(*_lead(rows, x)),
     )
@@ -162,28 +164,55 @@ _FORMS = {"outputs": _by_outputs, "gathered": _by_outputs, "inputs": _by_inputs,
 
 def _summed(x, weight, before, split, alone: bool) -> Float32[Array, "... n"]:
     """`before(x) @ kernel` summed over devices, in float32, scaled."""
-    axis = split.axis
+    axis, dtype = split.axis, x.dtype
     bits = weight.act_bits if isinstance(weight, QTensor) else None
-    if bits is not None:
-        x = x.astype(jnp.float32)  # as the ops that quantise in one pass: no rounding in between
+    mask, rotation = getattr(weight, "mask", None), getattr(weight, "rotation", None)
+    transformed = mask is not None or rotation is not None
+    if bits is not None or transformed:  # as the kernels: float32 up to the codes
+        x = x.astype(jnp.float32)
         before = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)
     if before is not None:
         x = before(x)
     if not alone:
         x = _own(x, split)
+    if bits is not None:
+        return _summed_codes(x.reshape(-1, x.shape[-1]), weight, axis)
+    if transformed:
+        x = transform_rows(x, mask, rotation).astype(dtype)
     if not isinstance(weight, QTensor):
-        y = jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+        matrix = weight.kernel if isinstance(weight, TransformedKernel) else weight
+        y = jnp.dot(x, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
         return lax.psum(y, axis)
-    x = x.reshape(-1, x.shape[-1])
-    named: dict[str, Any] = {"format": weight.format, "group": weight.group}
-    if bits is None:
-        return lax.psum(api.matmul(x, weight.codes, weight.scale, weight.zero, **named), axis)
-    rows = api.quantize_split_rows(x, bits, axis)
+    return lax.psum(_matmul(x.reshape(-1, x.shape[-1]), weight, weight.scale), axis)
+
+
+def _summed_codes(x: Float32[Array, "m k"], weight: QTensor, axis: str) -> Float32[Array, "m n"]:
+    """The product of quantised rows, summed over devices before any scale if it can be."""
+    rows = _quantized_rows(x, weight, axis)
     if weight.scale.shape[-1] > 1:  # a scale in every group, so sums are no integers
-        return lax.psum(api.matmul(rows, weight.codes, weight.scale, weight.zero, **named), axis)
+        return lax.psum(_matmul(rows, weight, weight.scale), axis)
     ones = rows._replace(scale=jnp.ones_like(rows.scale))
-    y = api.matmul(ones, weight.codes, jnp.ones_like(weight.scale), weight.zero, **named)
+    y = _matmul(ones, weight, jnp.ones_like(weight.scale))
     return lax.psum(y, axis) * rows.scale * weight.scale[:, 0]
+
+
+def _quantized_rows(x: Float32[Array, "m k"], weight: QTensor, axis: str) -> QuantizedRows:
+    """This device's share of rows that have one scale over all devices."""
+    bits, mask, rotation = weight.act_bits, weight.mask, weight.rotation
+    assert bits is not None
+    if weight.act_scale is None and rotation in (None, *ROTATIONS):
+        return api.quantize_split_rows(x, bits, axis, mask, rotation)
+    x = transform_rows(x, mask, rotation)
+    if weight.act_scale is None:
+        return api.quantize_split_rows(x, bits, axis)
+    broken = ~jnp.isfinite(x).all(axis=-1, keepdims=True)
+    finite = lax.psum(broken.astype(jnp.int32), axis) == 0
+    return static_rows(x, bits, weight.act_scale, finite)
+
+
+def _matmul(x, weight: QTensor, scale) -> Float32[Array, "m n"]:
+    named: dict[str, Any] = {"format": weight.format, "group": weight.group}
+    return api.matmul(x, weight.codes, scale, weight.zero, **named)
 
 
 def _own(x: Float[Array, "... k"], split) -> Float[Array, "... k/d"]:

@@ -12,8 +12,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lowbit_jax.checkpoint_parts import OUTER, Part
+from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import is_qtensor
-from lowbit_jax.sharding.kernel import Lie, ShardedKernel, is_lie, lies
+from lowbit_jax.sharding.kernel import Lie, ShardedKernel, Split, is_lie, lies
 from lowbit_jax.sharding.plan import Decision, Plan, PlanError, decide, map_leaves
 
 
@@ -77,15 +78,23 @@ def _place_part(part: Part, mesh: Mesh, plan: Plan, prefix: str) -> Part:
 
 
 def _shard(params, mesh, decisions: dict[str, Decision], prefix: str = "") -> dict[str, Any]:
+    put_whole = partial(jax.tree.map, partial(_put, mesh=mesh, lie=Lie(P(), -1, None)))
+
     def change(paths: tuple[str, ...], name: str, leaf: Any) -> Any:
         if name != "kernel":
-            return jax.tree.map(partial(_put, mesh=mesh, lie=Lie(P(), -1, None)), leaf)
+            return put_whole(leaf)
         splits = {decisions[path].split for path in paths}
         if len(splits) > 1:
             raise PlanError(
                 f"{paths[0]} and the {len(paths) - 1} layers stacked behind it lie differently"
             )
         (split,) = splits
+        if isinstance(leaf, LoraKernel):  # the branch is small, and whole
+            base = kernel(leaf.base, split)
+            return LoraKernel(base, put_whole(leaf.down), put_whole(leaf.up))
+        return kernel(leaf, split)
+
+    def kernel(leaf: Any, split: Split) -> Any:
         found = lies(leaf, split, stored=True)
         put = lambda lie, array: _put(array, mesh=mesh, lie=lie)  # noqa: E731
         placed = jax.tree.map(put, found, leaf, is_leaf=is_lie)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from lowbit_jax.ops import logical_shape
+from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.stacks import is_stack, segments
 from lowbit_jax.sharding.kernel import How, Split, unit
 
@@ -153,6 +154,8 @@ def map_leaves(
 def _decide(kernel: Any, mesh: Any, plan: Plan, rule: Rule | None) -> tuple[Decision, str]:
     """What becomes of one kernel, and what is wrong with that."""
     rows = plan.rows if plan.rows in mesh.shape else None
+    if isinstance(kernel, LoraKernel):
+        kernel = kernel.base
     k, n = logical_shape(kernel)[-2:]
     if rule is None or rule.how == "whole":
         stored, note = plan.stored, ""

@@ -38,4 +38,4 @@ def test_figure_line(capsys):
     assert ternary == round(23_802_816_640 / 3_105_056_896, 4) >= 7.65
     assert archive >= 9.3
     text = "\n".join(tables)
-    assert all(name in text for name in (*storage.MODELS, *storage.RECIPES))
+    assert all(name in text for name in (*storage.MODELS, *storage.NAMED))

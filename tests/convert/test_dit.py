@@ -22,6 +22,7 @@ from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.transform import quantize
 from tests.references import flux_files
+from tests.references.conversion import TREATMENT
 from tests.references.dit_files import (
     TINY,
     diffusers_config,
@@ -92,7 +93,7 @@ def test_the_table_names_the_published_tensors_with_their_shapes(config):
 
 
 # the plain ternary one has the same matrices as its -a8
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"float", "flux-1.58bit"}))
+@pytest.mark.parametrize("name", sorted(set(TREATMENT) - {"float", "flux-1.58bit"}))
 def test_quantising_on_the_way_is_quantising_the_ported_tree(tmp_path, name):
     source = write_source(tmp_path, dtype=np.float32)
     _, params = ported(source)

@@ -3,12 +3,14 @@
 PixArt's, Latte's and STDiT's stand with their converters' tests.
 """
 
+import re
+
 import pytest
 
 from lowbit_jax.models.dit import DIT_XL_2_256, DIT_XL_2_512, dit
 from lowbit_jax.models.flux import FLUX_DEV, FLUX_SCHNELL
 from lowbit_jax.quant.recipe import RECIPES
-from tests.references.conversion import TREATMENT, assert_recipes, linears
+from tests.references.conversion import METHODS, TREATMENT, assert_method, assert_recipes, linears
 
 DIT_OUTSIDE = {
     "x_embedder/proj": (1152, 16),
@@ -88,5 +90,7 @@ def test_flux(config):
     found = linears("flux", config)
     assert found == blocks | outside
     for name, recipe in RECIPES.items():
-        chosen = {layer for layer, rule in recipe.assign(list(found)).items() if rule}
-        assert chosen == (set(blocks) if TREATMENT[name] else set())
+        rules = {layer: rule for layer, rule in recipe.assign(list(found)).items() if rule}
+        assert set(rules) == (set(blocks) if TREATMENT.get(name, True) else set())
+        if re.fullmatch(METHODS, name):
+            assert_method(name, rules, blocks)

@@ -4,7 +4,15 @@ import json
 
 import pytest
 
-from lowbit_jax.quant.recipe import RECIPES, Recipe, RecipeError, Rule, WeightSpec, load_recipe
+from lowbit_jax.quant.recipe import (
+    RECIPES,
+    Balance,
+    Recipe,
+    RecipeError,
+    Rule,
+    WeightSpec,
+    load_recipe,
+)
 
 INT8 = WeightSpec(format="int8", quantizer="absmax")
 LAYERS = [
@@ -39,11 +47,14 @@ def test_every_field_survives_json(tmp_path):
     rules = (
         Rule(match="a/.*", weights=None),
         Rule(match="b", weights=spec, act_bits=6),
+        Rule(match="d", weights=None, balance=Balance(alpha=0.25), rotation="full", optional=True),
+        Rule(match="e", weights=spec, act_bits=8, rotation=128),
+        Rule(match="f", weights=spec, act_bits=8, balance=Balance(alpha=1), act_static=True),
         Rule(
             match="c", weights=WeightSpec(format="ternary", quantizer="twn", granularity="tensor")
         ),
     )
-    original = Recipe(name="mixed", rules=rules, on_nonfinite="keep", description="é, \n")
+    original = Recipe(name="mixed", rules=rules, on_nonfinite="keep", description="é, \n", seed=7)
     data = original.to_json()
     assert data["rules"][1]["weights"]["granularity"] == 64
     file = tmp_path / "recipe.json"
@@ -95,6 +106,20 @@ def rule_json(weights=None, **fields):
         (rule_json(WEIGHTS, act_bits=1), "rule 'a': act_bits 1 outside 2..8"),
         (rule_json(WEIGHTS, act_bits="8"), "rule 'a': act_bits '8' outside 2..8"),
         (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
+        (rule_json(balance=0.5), "rule 0, balance: expected an object, found float"),
+        (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
+        (rule_json(balance={"alpha": "auto"}), "balance: alpha is 'auto', it lies in 0 to 1"),
+        (rule_json(balance={}), r"rule 0, balance: .*missing fields \['alpha'\]"),
+        (rule_json(rotation="half"), "rule 'a': rotation 'half' is neither a block size"),
+        (rule_json(rotation=0), "rule 'a': rotation 0 is neither a block size"),
+        (rule_json(rotation=True), "rule 'a': rotation True is neither a block size"),
+        (rule_json(optional=1), "rule 'a': optional is no boolean"),
+        (rule_json(WEIGHTS, act_static=True), "rule 'a': act_static needs act_bits and no rotat"),
+        (
+            rule_json(WEIGHTS, act_static=True, act_bits=8, rotation=64),
+            "rule 'a': act_static needs act_bits and no rotation",
+        ),
+        ({"name": "x", "seed": "a"}, "seed 'a' is no integer"),
         (
             {"name": "x", "on_nonfinite": "warn"},
             "on_nonfinite 'warn' is neither 'error' nor 'keep'",
@@ -187,3 +212,8 @@ def test_named_recipes_decide_every_linear_of_every_block_and_no_other(name):
         "img_in",
         "final_layer/linear",
     }
+
+
+def test_an_optional_rule_may_decide_nothing():
+    rules = (Rule(match="no/.*", weights=INT8, optional=True), Rule(match=".*", weights=INT8))
+    assert all(Recipe(name="test", rules=rules).assign(LAYERS).values())

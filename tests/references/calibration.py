@@ -12,6 +12,8 @@ import jax
 import numpy as np
 
 from lowbit_jax import ops
+from lowbit_jax.calibration.ranges import WHOLE
+from lowbit_jax.calibration.statistics import LayerStatistics, Statistics, layer_widths
 from lowbit_jax.models.layers import AdaLN, Gelu
 from lowbit_jax.quant.stacks import iter_layers
 
@@ -55,3 +57,27 @@ def _before(x, before):
     while shift.ndim < x.ndim:  # a vector per sample or per frame, for all of its tokens
         shift, scale = shift[..., None, :], scale[..., None, :]
     return normed * (1 + scale) + shift
+
+
+def random_statistics(params, model="dit", config="{}", seed=0, ranges=WHOLE):
+    """Statistics that a model with `params` may have: a few channels are much larger."""
+    rng, layers = np.random.default_rng(seed), {}
+    for path, k in sorted(layer_widths(params).items()):
+        shape = (2, len(ranges), k)
+        absmax = np.exp(rng.normal(0, 1, shape)).astype(np.float32)
+        absmax[..., ::37] *= 30
+        count = np.full(shape[:2], 1000)
+        squares = rng.uniform(0.05, 0.2, shape) * absmax.astype(float) ** 2 * 1000
+        layers[path] = LayerStatistics(
+            absmax=absmax, total=np.zeros(shape), squares=squares, count=count
+        )
+    halves = ("conditional", "unconditional")
+    return Statistics(
+        layers=layers,
+        ranges=ranges,
+        halves=halves,
+        model=model,
+        config=config,
+        samples=1,
+        digest="",
+    )

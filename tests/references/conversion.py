@@ -1,6 +1,7 @@
 """What the tests of every network's conversion need: write a source, port it, compare trees."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,12 @@ import numpy as np
 
 from convert.checkpoint_files import open_checkpoint
 from convert.job import plan, run
-from convert.registry import SOURCES
+from convert.registry import ALL_SOURCES
 from convert.safetensors import write_sharded
 from convert.table import expand
 from lowbit_jax.checkpoint import assemble, iter_parts
-from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.models.registry import MODELS
+from lowbit_jax.quant.hadamard import rotation_size
 from lowbit_jax.quant.recipe import RECIPES
 from tests.references.flux_files import random_tensors
 
@@ -64,7 +66,7 @@ def assert_same_files(a, b):
 
 def source_shapes(model, config, layout):
     """Name -> shape of every tensor that a table makes of a config."""
-    parts = iter_parts(NETWORKS[model].abstract_params(config))
+    parts = iter_parts(MODELS[model].abstract_params(config))
     paths = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in parts}
     found = [
         item for leaf in expand(layout, config, paths) for item in leaf.source_shapes().items()
@@ -76,7 +78,7 @@ def source_shapes(model, config, layout):
 def linears(model, config):
     """Layer path -> (n, k) of every matrix of a network."""
     found = {}
-    for part, leaves in iter_parts(NETWORKS[model].abstract_params(config)):
+    for part, leaves in iter_parts(MODELS[model].abstract_params(config)):
         for path, leaf in leaves.items():
             if path.endswith("/kernel"):
                 layer = path.removesuffix("/kernel")
@@ -105,7 +107,7 @@ def assert_recipes(model, config, in_blocks, outside):
         in_blocks: linear inside a layer of "blocks" -> (n, k). Quantised.
         outside: linear outside -> (n, k). Kept.
     """
-    depth = getattr(config, SOURCES[model].export_layout().stacks["blocks"])
+    depth = getattr(config, ALL_SOURCES[model].export_layout().stacks["blocks"])
     quantised = {
         f"blocks/{i}/{name}": shape for i in range(depth) for name, shape in in_blocks.items()
     }
@@ -113,6 +115,38 @@ def assert_recipes(model, config, in_blocks, outside):
     assert found == quantised | outside
     for name, recipe in RECIPES.items():
         rules = {layer: rule for layer, rule in recipe.assign(list(found)).items() if rule}
-        assert set(rules) == (set(quantised) if TREATMENT[name] else set())
-        treatments = {(rule.weights.format, rule.act_bits) for rule in rules.values()}
-        assert treatments == ({TREATMENT[name]} if TREATMENT[name] else set())
+        if name in TREATMENT:
+            assert set(rules) == (set(quantised) if TREATMENT[name] else set())
+            treatments = {(rule.weights.format, rule.act_bits) for rule in rules.values()}
+            assert treatments == ({TREATMENT[name]} if TREATMENT[name] else set())
+        elif re.fullmatch(METHODS, name):
+            assert_method(name, rules, quantised)
+
+
+METHODS = r"(viditq|naive|smoothquant|quarot|qdit)-w(\d)a(\d)(-mp)?"
+
+
+def assert_method(name, rules, shapes):
+    """No linear of a block stays in floating point; modulations have floating inputs.
+
+    Args:
+        name: of a recipe of `METHODS`.
+        rules: layer path -> its rule.
+        shapes: layer path -> (n, k) of every linear of a block.
+    """
+    method, bits, act_bits, mixed = re.fullmatch(METHODS, name).groups()
+    assert set(rules) == set(shapes)
+    for layer, rule in rules.items():
+        if "adaLN_modulation" in layer or "mod/lin" in layer or "modulation/lin" in layer:
+            assert (rule.weights.format, rule.weights.granularity) == (f"int{bits}", 128)
+            assert rule.act_bits is rule.balance is rule.rotation is None
+            continue
+        more = mixed and ("/0/" in layer or "mlp" in layer)
+        assert rule.weights.format == ("int8" if more else f"int{bits}")
+        assert rule.act_bits == int(act_bits)
+        assert rule.act_static == (method == "naive")
+        assert (rule.balance is not None) == (method in ("viditq", "smoothquant"))
+        assert (rule.rotation is not None) == (method in ("viditq", "quarot"))
+        assert rule.weights.granularity == (128 if method == "qdit" else "channel")
+        if rule.rotation is not None:
+            rotation_size(shapes[layer][1], rule.rotation, layer)  # raises if it cannot be

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -45,7 +44,7 @@ class Before(Protocol):
 
 
 def linear(
-    x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]],
+    x: Float[Array, "... k"] | tuple[Array, ...] | list[Array],
     kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | ShardedKernel,
     bias: Float[Array, "n"] | None = None,
     *,

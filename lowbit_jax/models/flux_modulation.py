@@ -87,7 +87,7 @@ def modulations(
         return jnp.moveaxis(vectors.reshape(-1, *timestep.shape, vectors.shape[-1]), 1, 0)
 
     last = Linear(2 * config.hidden_size, dtype=dtype)
-    final = last.apply({"params": params["final_layer"]["adaLN_modulation"]}, nn.silu(vec))
+    final: Any = last.apply({"params": params["final_layer"]["adaLN_modulation"]}, nn.silu(vec))
     return Modulations(
         double=(of_stack("double_blocks", "img_mod", 6), of_stack("double_blocks", "txt_mod", 6)),
         single=of_stack("single_blocks", "modulation", 3),

@@ -5,7 +5,7 @@ Shape letters: b batch, t tokens, k in-features, n out-features, h heads, d head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar
@@ -44,7 +44,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]],
+        x: Float[Array, "... k"] | tuple[Array, ...] | list[Array],
         *,
         before: ops.Before | None = None,
         gate: Float[Array, "b n"] | None = None,

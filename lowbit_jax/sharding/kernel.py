@@ -111,7 +111,7 @@ def lies(kernel: Matrix, split: Split, *, stored: bool) -> Any:
     n_order = order if split.by_outputs else None
     k_order = order if split.how == "inputs" else None
 
-    def lie(leaf, *axes: tuple[int, str | None, Any]) -> Lie:
+    def lie(leaf, *axes: tuple[int, str | None, Any]) -> Any:
         names: list[str | None] = [None] * leaf.ndim
         moved = (-1, None)
         for axis, name, wanted in axes:

@@ -74,8 +74,7 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 def _by_outputs(one, x, kernel, bias, before, gate, residual):
     split, x = kernel.split, join(x)
-    rows = _rows(split, x)
-    last = lambda array: P(*_lead(rows, array), split.axis)  # noqa: E731
+    rows = _rows(split, x, before, gate)
     sizes = [size // split.shards for size in split.parts]
     gate, residual = (None if v is None else cut(v, split.parts) for v in (gate, residual))
 
@@ -88,75 +87,62 @@ def _by_outputs(one, x, kernel, bias, before, gate, residual):
             return ys
         return tuple(lax.all_gather(y, split.axis, axis=y.ndim - 1, tiled=True) for y in ys)
 
-    return _shard_map(
-        share,
-        split,
-        (
-            (x, P(*_lead(rows, x))),
-            (kernel.kernel, _specs(kernel)),
-            (bias, P()),  # whole, as all biases are stored: cut outside, shares would be sent about
-            (before, _vectors(rows, x, before)),
-            (gate, None if gate is None else last(gate[0])),
-            (residual, None if residual is None else last(residual[0])),
-        ),
-        last(x) if split.how == "outputs" else P(*_lead(rows, x)),
-    )
+    operands = [
+        (x, _lie(rows, x)),
+        (kernel.kernel, _specs(kernel)),
+        (bias, P()),  # whole, as all biases are stored: cut outside, shares would be sent about
+        (before, _lie(rows, before)),
+        (gate, _lie(rows, gate, split.axis)),
+        (residual, _lie(rows, residual, split.axis)),
+    ]
+    last = split.axis if split.how == "outputs" else None
+    return _shard_map(share, split, operands, _lie(rows, x, last))
 
 
 def _by_inputs(one, x, kernel, bias, before, gate, residual):
     del one
     split = kernel.split
-    xs = cut(x, split.parts) if not isinstance(x, tuple | list) else tuple(x)
+    xs = tuple(x) if isinstance(x, tuple | list) else (x,)
     if tuple(part.shape[-1] for part in xs) != split.parts:
         xs = cut(join(xs), split.parts)
-    rows = _rows(split, xs[0])
+    rows = _rows(split, xs[0], before, gate)
     # what comes before acts on every input alone, or needs whole rows on every device
     alone = before is None or getattr(before, "elementwise", False)
-    last = split.axis if alone else None
 
     def share(xs, weight, bias, before, gate, residual):
-        dtype = xs[0].dtype
         y = _summed(join(xs), local(weight), before, split, alone)
         n = y.shape[-1]
         gate, residual = (None if v is None else v.reshape(-1, n) for v in (gate, residual))
-        y = epilogue(y.reshape(-1, n), bias, gate, residual, dtype)
+        y = epilogue(y.reshape(-1, n), bias, gate, residual, xs[0].dtype)
         return (y.reshape(*xs[0].shape[:-1], n),)
 
-    return _shard_map(
-        share,
-        split,
-        (
-            (xs, P(*_lead(rows, xs[0]), last)),
-            (kernel.kernel, _specs(kernel)),
-            (bias, P()),
-            (before, _vectors(rows, xs[0], before)),
-            (gate, None if gate is None else P(*_lead(rows, gate))),
-            (residual, None if residual is None else P(*_lead(rows, residual))),
-        ),
-        P(*_lead(rows, xs[0])),
-    )
+    operands = [
+        (xs, _lie(rows, xs, split.axis if alone else None)),
+        (kernel.kernel, _specs(kernel)),
+        (bias, P()),
+        (before, _lie(rows, before)),
+        (gate, _lie(rows, gate)),
+        (residual, _lie(rows, residual)),
+    ]
+    return _shard_map(share, split, operands, _lie(rows, xs[0]))
 
 
 def _whole(one, x, kernel, bias, before, gate, residual):
     split, x = kernel.split, join(x)
-    rows = _rows(split, x)
+    rows = _rows(split, x, before, gate)
 
     def share(x, weight, bias, before, gate, residual):
         return (one(x, local(weight), bias, before=before, gate=gate, residual=residual),)
 
-    return _shard_map(
-        share,
-        split,
-        (
-            (x, P(*_lead(rows, x))),
-            (kernel.kernel, _specs(kernel)),
-            (bias, P()),
-            (before, _vectors(rows, x, before)),
-            (gate, None if gate is None else P(*_lead(rows, gate))),
-            (residual, None if residual is None else P(*_lead(rows, residual))),
-        ),
-        P(*_lead(rows, x)),
-    )
+    operands = [
+        (x, _lie(rows, x)),
+        (kernel.kernel, _specs(kernel)),
+        (bias, P()),
+        (before, _lie(rows, before)),
+        (gate, _lie(rows, gate)),
+        (residual, _lie(rows, residual)),
+    ]
+    return _shard_map(share, split, operands, _lie(rows, x))
 
 
 _FORMS = {"outputs": _by_outputs, "gathered": _by_outputs, "inputs": _by_inputs, "whole": _whole}
@@ -237,22 +223,20 @@ def _specs(kernel: ShardedKernel):
     return jax.tree.map(lambda lie: lie.spec, found, is_leaf=is_lie)
 
 
-def _rows(split, x) -> str | None:
-    """The mesh axis for the leading axis of x: none where it does not divide."""
+def _rows(split, x, *vectors) -> str | None:
+    """The mesh axis for the leading axis of x: none where it does not divide, or where what goes
+    with each row is not led by the same axis.
+    """
     if split.rows is None or x.ndim < 2 or x.shape[0] % split.mesh.shape[split.rows]:
         return None
-    return split.rows
+    alike = all(v.ndim < 2 or v.shape[0] == x.shape[0] for v in jax.tree.leaves(vectors))
+    return split.rows if alike else None
 
 
-def _lead(rows: str | None, array) -> list[str | None]:
-    """Of a spec, all axes but the last."""
-    return [] if array.ndim < 2 else [rows, *[None] * (array.ndim - 2)]
+def _lie(rows: str | None, arrays: Any, last: str | None = None) -> Any:
+    """Specs of arrays whose leading axis is that of rows and whose last axis is of features."""
 
+    def spec(array):
+        return P(last) if array.ndim < 2 else P(rows, *[None] * (array.ndim - 2), last)
 
-def _vectors(rows: str | None, x, before):
-    """Specs of the vectors, one per entry of the batch, of what comes before."""
-
-    def spec(leaf):
-        return P(rows) if leaf.ndim > 1 and leaf.shape[0] == x.shape[0] else P()
-
-    return jax.tree.map(spec, before)
+    return jax.tree.map(spec, arrays)

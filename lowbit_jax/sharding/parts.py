@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def join(x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]]) -> Float[Array, "... k"]:
+def join(x: Array | tuple[Array, ...] | list[Array]) -> Float[Array, "... k"]:
     """An array as it is, or the parts of one side by side along the last axis."""
     if not isinstance(x, tuple | list):
         return x
     return x[0] if len(x) == 1 else jnp.concatenate(x, axis=-1)
 
 
-def width(x: Float[Array, "... k"] | Sequence[Float[Array, "... _"]]) -> int:
+def width(x: Array | tuple[Array, ...] | list[Array]) -> int:
     """The size of the last axis of `join(x)`."""
     return sum(part.shape[-1] for part in x) if isinstance(x, tuple | list) else x.shape[-1]
 

@@ -58,16 +58,16 @@ def placer(mesh: Mesh, plan: Plan) -> Callable[[str, Part], Part]:
     its devices' shares.
     """
 
-    mesh = automatic(mesh)
+    devices = automatic(mesh)
 
     def place(name: str, part: Part) -> Part:
         prefix = "" if name == OUTER else f"{name}/"
-        return _place_part(part, mesh, plan, prefix)
+        return _place_part(part, devices, plan, prefix)
 
     return place
 
 
-def _place_part(part: Part, mesh: Mesh, plan: Plan, prefix: str) -> Part:
+def _place_part(part: Part, mesh: Any, plan: Plan, prefix: str) -> Part:
     out = {}
     for path, leaf in part.items():
         layer, _, name = f"{prefix}{path}".rpartition("/")
@@ -105,19 +105,18 @@ def _shard(params, mesh, decisions: dict[str, Decision], prefix: str = "") -> di
     return map_leaves(params, change, (prefix,))
 
 
-def _put(array: Any, *, mesh: Mesh, lie: Lie) -> Any:
+def _put(array: Any, *, mesh: Any, lie: Lie) -> Any:
     """An array, or a shape, on the mesh."""
     sharding = NamedSharding(mesh, lie.spec)
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     source = np.asarray(array)
 
-    def share(index: tuple[slice, ...]) -> np.ndarray:
+    def share(index: Any) -> np.ndarray:
         if lie.order is None:
             return source[index]
-        axis = source.ndim + lie.axis
-        index = list(index)
-        index[axis] = lie.order[index[axis]]
-        return source[tuple(index)]
+        wanted = list(index)
+        wanted[lie.axis] = lie.order[index[lie.axis]]
+        return source[tuple(wanted)]
 
     return jax.make_array_from_callback(source.shape, sharding, share, dtype=source.dtype)

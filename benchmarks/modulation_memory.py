@@ -34,7 +34,7 @@ from lowbit_jax.models.flux_modulation import modulation_bytes, modulations, spl
 from pallas_kernels.audit.compile import ToolError, compile_program
 from pallas_kernels.audit.targets import TARGETS
 
-NOW, GIVEN, FIRST = "as it is", "modulations given", "modulations of all steps"
+NOW, GIVEN, FIRST = "as it is", "given them", "making them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print a table and the figure line; returns the exit code, 2 without a compiler."""
     options = tyro.cli(Options, args=argv, description=__doc__)
     work = WORKLOADS["flux"]
-    table = Table(title=f"{work.title}, one A100", box=box.SIMPLE, pad_edge=False)
+    title = f"{work.title}; modulations of {options.steps} steps"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("recipe", "program"):
         table.add_column(column, no_wrap=True)
     for column in ("args", "temps", "output", "sum MB"):

@@ -124,13 +124,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.model not in WORKLOADS:
         print(f"no model '{options.model}'; there are {', '.join(WORKLOADS)}", file=sys.stderr)
         return 2
-    work, figures = WORKLOADS[options.model], []
-    table = Table(title=f"{work.title}, each {options.platform}", box=box.SIMPLE, pad_edge=False)
+    work = WORKLOADS[options.model]
+    figures: list[str] = []
+    moved: list[str] = []
+    title = f"{work.title}; each {options.platform}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("plan", "recipe"):
         table.add_column(column, no_wrap=True)
     for column in ("devices", "args MB", "temps MB", "sum MB"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("collectives")
     try:
         for plan in options.plans:
             for count in options.devices:
@@ -140,13 +142,15 @@ def main(argv: list[str] | None = None) -> int:
                     needed = one.arguments + one.temporaries
                     sizes = [f"{n / 1e6:,.1f}" for n in (one.arguments, one.temporaries, needed)]
                     kinds = ", ".join(f"{n} {kind}" for kind, n in one.collectives.items())
-                    table.add_row(plan, recipe, str(count), *sizes, kinds)
+                    moved.append(f"{plan} {recipe} on {count}: {kinds or 'nothing'}")
+                    table.add_row(plan, recipe, str(count), *sizes)
                     name = f"{plan}_{recipe}_{options.platform}x{count}"
                     figures.append(f"{re.sub(r'[^a-z0-9]', '_', name)}_GB={needed / 1e9:.3f}")
     except ToolError as error:
         print(f"sharded_memory: {error}", file=sys.stderr)
         return 2
     Console().print(table)
+    print("collectives in the program, those of scanned blocks once:", *moved, sep="\n  ")
     print("figure: " + " ".join(figures))
     return 0
 

@@ -1,16 +1,10 @@
 """From a prompt to pixels: the converted pipeline against diffusers' own on the same folder."""
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
-from lowbit_jax.checkpoint import OutputError
-from lowbit_jax.cli import main
 from lowbit_jax.pipelines import FluxPipeline
-from lowbit_jax.pipelines.folder import PipelineError
 
 pytest.importorskip("diffusers", reason="the reference is diffusers")
 pytest.importorskip("transformers", reason="the reference is diffusers")

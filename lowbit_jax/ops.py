@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
 from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
 from lowbit_jax.sharding.kernel import ShardedKernel
@@ -45,7 +46,12 @@ class Before(Protocol):
 
 def linear(
     x: Float[Array, "... k"] | tuple[Array, ...] | list[Array],
-    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | ShardedKernel,
+    kernel: Float[Array, "k n"]
+    | QTensor
+    | TransformedKernel
+    | LoraKernel
+    | FakeQuantKernel
+    | ShardedKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -57,7 +63,8 @@ def linear(
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
     without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
-    what comes after the sum in it (`pallas_kernels.api`).
+    what comes after the sum in it (`pallas_kernels.api`). A `FakeQuantKernel` stands for the same
+    numbers in float32.
 
     A `QTensor` or `TransformedKernel` that is balanced or rotated takes `(before(x) * mask) @ R`,
     in float32 up to the codes. Blocks of 64, 128 and 256 are rotated in the pass that quantises,
@@ -111,6 +118,8 @@ def logical_shape(kernel) -> tuple[int, ...]:
 
 
 def _linear(x, kernel, bias, before, gate, residual):
+    if isinstance(kernel, FakeQuantKernel):
+        return _fake_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, QTensor):
         return _quantized_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, TransformedKernel):
@@ -136,6 +145,16 @@ def _float_linear(x, kernel, bias, before, gate, residual):
     if gate is not None:
         y = over_tokens(gate, y) * y
     return y if residual is None else residual + y
+
+
+def _fake_linear(x, fake: FakeQuantKernel, bias, before, gate, residual):
+    """In float32 up to the end, whatever the dtype of x, as the kernels' epilogue is."""
+    kernel: Any = fake.kernel
+    mask, rotation = None, None
+    if isinstance(kernel, TransformedKernel):
+        kernel, mask, rotation = kernel.kernel, kernel.mask, kernel.rotation
+    rows = fake_quantize_rows(_transformed(x, mask, rotation, before), fake.act_bits)
+    return _float_linear(rows, kernel, bias, None, gate, residual).astype(x.dtype)
 
 
 @jax.custom_vjp

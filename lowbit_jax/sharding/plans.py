@@ -1,4 +1,4 @@
-"""The named plans: "tensor", "fsdp" and "data", for every network."""
+"""The named plans: "tensor" for every network, "fsdp" and "data" for any model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def named_plan(name: str, network: str, config: Any) -> Plan:
     * "data": every device has all; batches over "data".
 
     Raises:
-        PlanError: neither, or an unknown network.
+        PlanError: no such plan; "tensor" of a model that has no rules for it.
     """
-    if network not in _TENSOR:
-        raise PlanError(f"network '{network}' is none of {', '.join(_TENSOR)}")
+    if name == "tensor" and network not in _TENSOR:
+        raise PlanError(f"'{network}' has no plan 'tensor'; {', '.join(_TENSOR)} have")
     if name == "tensor":
         return Plan(name=name, rules=_TENSOR[network](config))
     if name == "fsdp":

@@ -5,6 +5,7 @@ before jax starts, so tests run these as processes of their own: with eight devi
 with two each. Each prints one JSON object: what a sharded result has against one device's.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -48,6 +49,7 @@ CASES = [
     ("int4-groups", "outputs"),
     ("int4-groups-a8", "inputs"),
     *(("ternary-a8", how) for how in ("outputs", "inputs", "inputs-adaln", "gathered", "stored")),
+    *(("ternary-a8", f"inputs-{extra}") for extra in ("masked-static", "rotated")),
 ]
 WITH_GRADIENTS = [("float", "inputs"), ("ternary-a8", "outputs"), ("ternary-a8", "inputs")]
 
@@ -60,6 +62,15 @@ def difference(one, other):
     """Whether equal to the bit, and the largest difference relative to the largest number."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     return bool(np.array_equal(one, other)), float(np.abs(one - other).max() / np.abs(one).max())
+
+
+def transformed(kernel, extra, mask):
+    """A kernel whose input is masked, rotated, or quantised by one scale for all rows."""
+    if "rotated" in extra:
+        return dataclasses.replace(kernel, mask=jnp.asarray(mask), rotation=128)
+    if "masked" in extra:
+        return dataclasses.replace(kernel, mask=jnp.asarray(mask), act_scale=jnp.float32(0.02))
+    return kernel
 
 
 def products():
@@ -76,9 +87,10 @@ def products():
         params = quantize(
             {"a": {"kernel": jnp.asarray(normal(K, N))}}, Recipe(name="", rules=rules)
         )
-        how = case.split("-")[0]
+        how, *extra = case.split("-")
+        params["a"]["kernel"] = transformed(params["a"]["kernel"], extra, normal(K))
         parts = {"outputs": 3 * (N // 3,), "inputs": 2 * (K // 2,)}.get(how, ())
-        before = Gelu() if case == "inputs" else AdaLN(*vectors)
+        before = Gelu() if how == "inputs" and "adaln" not in extra else AdaLN(*vectors)
         after = (None, None) if how == "outputs" else (gate, residual)
         lay = Lay(match="a", how="whole" if how == "stored" else how, parts=parts)
         plan = Plan(name="", rules=(lay,), stored="data" if how == "stored" else None)

@@ -40,10 +40,13 @@ def run(*arguments):
 
 def test_products_and_their_gradients():
     """Integer products are equal to the bit however they are split: their sums are exact, and a
-    row's scale is the whole row's. Where floats are summed over devices, the order differs."""
+    row's scale is the whole row's. Where floats are summed over devices, the order differs; so it
+    may in a rotation, which is a product itself and may move a code."""
     found = run("products")
     assert found.pop("rows without a number") == [[0, 2]]
-    assert len(found) == 10
+    assert len(found) == 12
+    rotated = found.pop("ternary-a8 inputs-rotated")
+    assert rotated[0][1] < 2e-3
     for name, ((equal, relative), *gradient) in found.items():
         if "-a" in name.split()[0] and "groups" not in name:
             assert equal, (name, relative)

@@ -140,6 +140,8 @@ def test_what_a_plan_or_mesh_lacks_is_said():
         Rule(match="a", how="columns")
     with pytest.raises(PlanError, match="plan 'pipeline' is none of tensor, fsdp, data"):
         named_plan("pipeline", "flux", FLUX_DEV)
+    with pytest.raises(PlanError, match="'t5' has no plan 'tensor'; flux, dit, .* have"):
+        named_plan("tensor", "t5", None)
 
 
 def test_layers_of_a_segment_must_lie_alike():

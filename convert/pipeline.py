@@ -15,7 +15,7 @@ from typing import Any
 
 from convert.errors import CheckpointError
 from lowbit_jax.checkpoint import OutputError
-from lowbit_jax.checkpoint_store import remove, sync, sync_tree
+from lowbit_jax.checkpoint_store import remove, sync
 from lowbit_jax.models.clip_text import LEGACY_EOS
 from lowbit_jax.pipelines import folder as folders
 from lowbit_jax.pipelines import text
@@ -92,6 +92,8 @@ def copy_files(source: Path, target: Path, layout: folders.Layout) -> None:
         for path in sorted((source / name).iterdir()):
             if path.is_file() and not path.name.startswith("."):
                 shutil.copyfile(path, target / name / path.name)
+                sync(target / name / path.name)
+        sync(target / name)
 
 
 @contextlib.contextmanager
@@ -117,7 +119,7 @@ def staged(out: Path, layout: folders.Layout, *, overwrite: bool, resume: bool) 
     try:
         yield staging
         folders.write_index(staging, layout)
-        sync_tree(staging)
+        sync(staging)  # what is in it has been synced as it was written
         check_replaceable(out, overwrite)  # again: it took a while
         try:
             if target.exists():

@@ -57,8 +57,8 @@ class TextTokenizer:
         dropped = []
         for row, encoding in enumerate(self.tokenizer.encode_batch(list(texts))):
             ids[row, : len(encoding.ids)] = encoding.ids
-            rest = [self.tokenizer.decode(more.ids) for more in encoding.overflowing]
-            dropped.append(" ".join(rest).replace("</w>", " ").strip())
+            rest = [number for more in encoding.overflowing for number in more.ids]
+            dropped.append(self.tokenizer.decode(rest).replace("</w>", " ").strip())
         return Tokens(ids, tuple(dropped))
 
 

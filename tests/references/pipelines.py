@@ -23,7 +23,7 @@ MERGES = [("t", "h"), ("th", "e</w>"), ("c", "a"), ("ca", "t</w>"), ("a", "n"), 
 WORDS = ["the", "cat", "and", "fox", "snow", "in", "a", "at", "ox", "re", "d"]
 EXTRA_IDS = 4
 
-VAE = replace(TINY_FLUX, latent_channels=4)
+VAE = replace(TINY_FLUX, latent_channels=4, block_out_channels=(8, 16))
 FLUX = FluxConfig(
     in_channels=16,
     vec_in_dim=TINY_CLIP.hidden_size,

@@ -65,6 +65,16 @@ class Arguments:
     """Replace an output folder that holds an earlier conversion."""
     resume: bool = False
     """Go on with a conversion that was interrupted; give the same source, recipe and options."""
+    method: Literal["rounding", "feedback", "reconstruct", "distill"] = "rounding"
+    """How codes are found; all but rounding sample from --prompts, need the whole model in memory
+    and the extra "distill", and keep their work beside OUT, in OUT.work, to go on with."""
+    prompts: Path | None = None
+    """A text file with a prompt a line (models with MiniLM's text states), or encoded prompts:
+    safetensors with txt [p, t, k] and pooled [p, k]."""
+    budget_minutes: float = 60.0
+    """Time for --method in all; more of it means more steps of training."""
+    grid: tuple[int, int] = (64, 64)
+    """Rows and columns of latent patches that --method samples: 64 64 is 1024 x 1024 pixels."""
     archive: bool = False
     """Store ternary codes five to the byte (1.6 bits); they are unpacked to 2 bits on load."""
 
@@ -102,6 +112,11 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     loras = [Lora.parse(text, arguments.lora_skip) for text in arguments.lora]
     pipeline = find_pipeline(arguments.checkpoint) if arguments.model == "auto" else None
     if pipeline is not None:
+        if arguments.method != "rounding":
+            raise ValueError(
+                f"--method {arguments.method} takes a transformer alone: give "
+                f"{arguments.checkpoint / 'transformer'}"
+            )
         return _convert_pipeline(pipeline, recipe, loras, arguments, console)
     if arguments.text_recipe is not None:
         raise ValueError(
@@ -120,7 +135,9 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
         )
         sizes = job.sizes(arguments.archive)
         show_plan(job, sizes, console)
-        if not arguments.dry_run:
+        if arguments.method != "rounding":
+            _teach(job, arguments, console)
+        elif not arguments.dry_run:
             _convert(job, arguments, console)
 
 
@@ -155,6 +172,31 @@ def _convert_pipeline(
     console.print(
         f"{arguments.out}: a whole pipeline; lowbit-jax sample {arguments.out} --prompt ..."
     )
+
+
+def _teach(job: Job, arguments: Arguments, console: Console) -> None:
+    """Find codes by a method and write the model."""
+    from convert.teach import Lesson, teach, write_taught  # needs optax, which rounding does not
+
+    if arguments.prompts is None:
+        raise ValueError(f"--method {arguments.method} samples from prompts; give --prompts FILE")
+    if arguments.resume or arguments.dry_run:
+        raise ValueError("--method goes on by itself with what is in OUT.work, and has no dry run")
+    assert arguments.out is not None and arguments.method != "rounding"
+    lesson = Lesson(
+        method=arguments.method,
+        prompts=arguments.prompts,
+        minutes=arguments.budget_minutes,
+        grid=arguments.grid,
+        folder=arguments.out.with_name(arguments.out.name + ".work"),
+    )
+    with _progress(console) as bars:
+        digests = _digest(job.checkpoint, bars)
+    tree, told = teach(job, lesson, console)
+    write_taught(job, tree, digests, told, arguments.out, arguments.overwrite, arguments.archive)
+    for rung in told["rungs"]:
+        console.print(", ".join(f"{key} {value}" for key, value in rung.items()), soft_wrap=True)
+    console.print(f"{arguments.out}: {told['method']} in {told['minutes']} min", soft_wrap=True)
 
 
 def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:

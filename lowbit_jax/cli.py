@@ -1,4 +1,4 @@
-"""`lowbit-jax`: make pictures, inspect a converted checkpoint, list recipes, audit the kernels."""
+"""`lowbit-jax`: pictures, contents of checkpoints, recipes, allocation of bits, kernel audit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
+from lowbit_jax.cli_allocate import Allocate, run_allocate
 from lowbit_jax.cli_sample import Sample, sample
 from lowbit_jax.pipelines.folder import FLUX, INDEX, check_folder
 from lowbit_jax.quant.recipe import RECIPES
@@ -66,6 +67,7 @@ Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Allocate, tyro.conf.subcommand("allocate")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
@@ -84,9 +86,11 @@ def main(argv: list[str] | None = None) -> int:
             inspect(command, console)
         elif isinstance(command, Sample):
             sample(command, console)
+        elif isinstance(command, Allocate):
+            run_allocate(command, console)
         else:
             list_recipes(console)
-    except (ValueError, OSError, ModuleNotFoundError, ToolError) as error:
+    except (ValueError, OSError, ImportError, ToolError) as error:
         print(f"lowbit-jax: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,7 +13,7 @@ order of `KINDS`, which is also the order of painting.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,13 +123,14 @@ def caption(sprites: Sprites, attrs: Int[np.ndarray, "b 4"]) -> list[str]:
     accessory"."""
     names = [[sprites.names[kind][i] for kind, i in zip(KINDS, row, strict=True)] for row in attrs]
     return [
-        f"a noun with {_a(head)} head, {glasses} glasses, {_a(body)} body"
-        f" and {_a(accessory)} accessory"
+        f"a noun with {article(head)} head, {glasses} glasses, {article(body)} body"
+        f" and {article(accessory)} accessory"
         for body, accessory, head, glasses in names
     ]
 
 
-def _a(name: str) -> str:
+def article(name: str) -> str:
+    """The name with "a" or "an" before it."""
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
@@ -137,10 +138,18 @@ def is_held_out(attrs: Int[np.ndarray, "b 4"]) -> Bool[np.ndarray, "b"]:
     """Whether a noun is in the 10 % never trained on: a fixed hash of its (head, accessory) pair.
 
     Hashing the pair rather than all four keeps those two from ever meeting in training, so the
-    held-out score is a test of composition. The hash is SplitMix64's mixer.
+    held-out score is a test of composition.
     """
-    attrs = np.asarray(attrs, np.uint64)
-    z = attrs[:, 2] * np.uint64(1 << 32) + attrs[:, 1] + np.uint64(0x9E3779B97F4A7C15)
+    attrs = np.asarray(attrs)
+    return held_out_pair(attrs[:, 2], attrs[:, 1])
+
+
+def held_out_pair(
+    first: Int[np.ndarray, "b"], second: Int[np.ndarray, "b"]
+) -> Bool[np.ndarray, "b"]:
+    """Whether a pair of attributes is in the 10 % held out: SplitMix64's mixer as a fixed hash."""
+    z = np.asarray(first, np.uint64) * np.uint64(1 << 32) + np.asarray(second, np.uint64)
+    z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (z ^ (z >> np.uint64(31))) % np.uint64(100) < HELD_OUT_PERCENT
@@ -157,9 +166,20 @@ def sample_attrs(
         counts: number of sprites of each kind (`Sprites.counts`).
         held_out: which part.
     """
-    kept = np.zeros((0, 4), np.int64)
+    return sample_part(rng, n, counts, is_held_out, held_out)
+
+
+def sample_part(
+    rng: np.random.Generator,
+    n: int,
+    counts: Sequence[int],
+    is_held_out: Callable[[Int[np.ndarray, "b k"]], Bool[np.ndarray, "b"]],
+    held_out: bool,
+) -> Int[np.ndarray, "n k"]:
+    """`n` random rows of attributes, `counts` values each, on one side of a split."""
+    kept = np.zeros((0, len(counts)), np.int64)
     while len(kept) < n:
-        drawn = rng.integers(0, counts, size=(2 * n + 64, 4))
+        drawn = rng.integers(0, counts, size=(2 * n + 64, len(counts)))
         kept = np.concatenate([kept, drawn[is_held_out(drawn) == held_out]])
     return kept[:n]
 
@@ -189,6 +209,32 @@ def score(
             1
         )
     return correct
+
+
+def margins(
+    sprites: Sprites, images: Num[np.ndarray, "b 32 32 3"], attrs: Int[np.ndarray, "b 4"]
+) -> dict[str, Float[np.ndarray, "b"]]:
+    """Per kind, how clearly the asked-for sprite is the nearest of all: `score` by how much.
+
+    The smallest, over the candidates w that give another picture than the target t, of
+    (|x - w|^2 - |x - t|^2) / |w - t|^2: 1 in the exact picture, 0 halfway between t and some w,
+    negative where another one is nearer.
+
+    Args:
+        sprites: the candidates.
+        images: pictures in [0, 255], any dtype.
+        attrs: what they should show.
+    """
+    images = np.asarray(images, np.float64)
+    target = compose(sprites, attrs).astype(np.float64)
+    rows = np.arange(len(attrs))
+    found = {}
+    for i, kind in enumerate(KINDS):
+        errors, exact = (_relative_errors(sprites, x, attrs, i) for x in (images, target))
+        ahead, most = (part - part[rows, attrs[:, i]][:, None] for part in (errors, exact))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[kind] = np.where(most > 0, ahead / most, np.inf).min(axis=1)
+    return found
 
 
 def _relative_errors(sprites: Sprites, images, attrs, layer: int) -> Float[np.ndarray, "b n"]:

@@ -70,18 +70,27 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
         NonFiniteError: a NaN or inf in a kernel to be treated, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
-    chosen = recipe.assign(layer_paths(params))
-    _check_unquantized(params, chosen)
-    check_statistics(recipe, chosen, statistics, params)
-    chosen |= dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
-
-    treat = _Treatment(chosen, recipe, statistics)
+    treat = Treatment(decide(params, recipe, statistics), recipe, statistics)
     return map_stacks(params, treat.stack, treat.kernel)
 
 
+def decide(
+    params: Tree, recipe: Recipe, statistics: Statistics | None = None
+) -> dict[str, Rule | None]:
+    """What is done to each layer path; None for those that stay as they are.
+
+    Raises:
+        As `quantize`.
+    """
+    chosen = recipe.assign(layer_paths(params))
+    _check_unquantized(params, chosen)
+    check_statistics(recipe, chosen, statistics, params)
+    return chosen | dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
+
+
 @dataclass(frozen=True)
-class _Treatment:
-    """What `quantize` has decided about every layer."""
+class Treatment:
+    """What has been decided about every layer, and how a tree is rewritten by it."""
 
     chosen: dict[str, Rule | None]
     recipe: Recipe
@@ -93,7 +102,7 @@ class _Treatment:
         rule = self.chosen[layer]
         if rule is None:
             return kernel
-        return treat_kernel(kernel, rule, self._given(layer, kernel.shape[-2]))
+        return treat_kernel(kernel, rule, self.given(layer, kernel.shape[-2]))
 
     def stack(self, path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         """A stack, cut where treatments change."""
@@ -103,17 +112,17 @@ class _Treatment:
             layers = ["/".join((*path, str(first + i))) for i in range(length)]
             signatures = [[self._signature(f"{l}/{'/'.join(x)}") for x in linears] for l in layers]
             for start, stop in runs(signatures):
-                treat = partial(self._run, layers[start:stop])
+                treat = partial(self.run, layers[start:stop])
                 out[str(first + start)] = map_kernels(slice_layers(tree, start, stop), treat)
         return out
 
-    def _run(self, layers: list[str], linear: tuple[str, ...], kernel):
+    def run(self, layers: list[str], linear: tuple[str, ...], kernel):
         """The kernels of one linear of consecutive layers, treated alike."""
         paths = ["/".join((layer, *linear)) for layer in layers]
         rule = self.chosen[paths[0]]
         if rule is None:
             return kernel
-        given = [self._given(path, kernel.shape[-2]) for path in paths]
+        given = [self.given(path, kernel.shape[-2]) for path in paths]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *given)
         # one layer at a time: the temporaries of a quantiser are several times its input
         return jax.lax.map(lambda layer: treat_kernel(layer[0], rule, layer[1]), (kernel, stacked))
@@ -126,7 +135,8 @@ class _Treatment:
         balanced = rule.balance is not None
         return rule.weights, rule.act_bits, rule.act_static, balanced, rule.rotation
 
-    def _given(self, path: str, k: int) -> Given:
+    def given(self, path: str, k: int) -> Given:
+        """What the rule of a layer needs beside the weights."""
         rule = self.chosen[path]
         assert rule is not None
         return given_of(rule, path, k, self.recipe, self.statistics)

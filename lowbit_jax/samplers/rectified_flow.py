@@ -15,9 +15,11 @@ import numpy as np
 from jaxtyping import Float64
 
 from lowbit_jax.samplers.loop import Steps
+from lowbit_jax.samplers.settings import require
 
 # Latent frames per clip of pixel frames in OpenSORA's VAE, hard-coded in its time transform.
 CLIP, LATENT_CLIP = 17, 5
+PREDICTIONS = ("velocity", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,11 @@ class RectifiedFlowSchedule:
         use_timestep_transform: shift times towards noise for larger and longer videos.
         base_resolution: pixels of a picture whose times are not shifted.
         base_num_frames: latent frames of a video whose times are not shifted.
+        prediction_type: what the model gives: "velocity" (as OpenSORA) or "sample" (the data, from
+            which the velocity follows: data - noise = (data - x) / t at t in [0, 1]).
+
+    Raises:
+        ValueError: another prediction type.
     """
 
     num_timesteps: int = 1000
@@ -37,6 +44,10 @@ class RectifiedFlowSchedule:
     use_timestep_transform: bool = True
     base_resolution: int = 512 * 512
     base_num_frames: int = 1
+    prediction_type: str = "velocity"
+
+    def __post_init__(self) -> None:
+        require("prediction_type", self.prediction_type, PREDICTIONS)
 
     def timesteps(
         self, steps: int, *, height: int, width: int, num_frames: int
@@ -80,8 +91,11 @@ class RectifiedFlowSchedule:
             ValueError: see `timesteps`.
         """
         times = self.timesteps(steps, height=height, width=width, num_frames=num_frames)
-        size = (times - np.append(times[1:], 0.0)) / self.num_timesteps
-        return Steps.of(times.astype(np.float32), keep=np.ones(steps), push=size)
+        after = np.append(times[1:], 0.0)
+        told = times.astype(np.float32)
+        if self.prediction_type == "sample":
+            return Steps.of(told, keep=after / times, push=1 - after / times)
+        return Steps.of(told, keep=np.ones(steps), push=(times - after) / self.num_timesteps)
 
 
 OPENSORA_1_2_SCHEDULE = RectifiedFlowSchedule()  # run with 30 steps at guidance 7 as published

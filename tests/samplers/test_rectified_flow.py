@@ -62,6 +62,28 @@ def test_the_velocity_points_to_the_data():
     np.testing.assert_allclose(found, data, atol=1e-6)
 
 
+@pytest.mark.parametrize("steps", [1, 12])
+def test_a_model_of_the_data_is_one_of_its_velocity(steps):
+    """The published loop on (data - x) / t."""
+    size = (240, 426, 51)
+    times = opensora_times(steps, *size)
+
+    def velocity(x, t):
+        return (denoise_numpy(x, t) - x) / (t.reshape(-1, 1, 1, 1) / 1000)
+
+    expected = opensora_trajectory(velocity, times, noise(0))
+    schedule = RectifiedFlowSchedule(prediction_type="sample")
+    height, width, frames = size
+    found = schedule.steps(steps, height=height, width=width, num_frames=frames)
+    assert_equal_steps(our_trajectory(found, noise(0)), expected)
+    assert found.keep[-1] == 0 and found.push[-1] == 1  # ends at what the model says
+
+
+def test_an_unknown_prediction_is_named():
+    with pytest.raises(ValueError, match="prediction_type is 'noise'"):
+        RectifiedFlowSchedule(prediction_type="noise")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,4 +1,4 @@
-"""Optimisers of the Nouns run: AdamW or Muon, warm-up, plateau, decay; and the EMA's decay."""
+"""Optimisers of the training runs: AdamW or Muon, warm-up, plateau, decay; and the EMA's decay."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _is_kernel(params: Any) -> Any:
 
 def _muon_axes(params: Any) -> Any:
     def axes(path, leaf):
-        is_block = path[0].key in ("double_blocks", "single_blocks")
+        is_block = path[0].key.endswith("blocks")
         if is_block and path[-1].key == "kernel" and leaf.ndim == 3:
             return MuonDimensionNumbers(reduction_axis=1, output_axis=2)
         return None

@@ -1,6 +1,6 @@
-"""Captioned nouns with their text states, encoded once and kept on disk.
+"""Captions with their text states, encoded once and kept on disk.
 
-Shape letters: n captions, b batch, t tokens, k width.
+Shape letters: n captions, a attributes, b batch, t tokens, k width.
 """
 
 from __future__ import annotations
@@ -11,15 +11,30 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float16, Int, UInt8
+from jaxtyping import Float16, Int
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
 
-from lowbit_jax.evaluation import nouns
-
-# Captions have 19 to 33 tokens. One in 24,000 has 33 and loses its last word, "accessory".
-MAX_LEN = 32
 CHUNK = 256
+
+
+class World(Protocol):
+    """What captions are about."""
+
+    name: str
+
+    def sample_attrs(
+        self, rng: np.random.Generator, n: int, held_out: bool
+    ) -> Int[np.ndarray, "n a"]:
+        """`n` random rows of attributes of one side of the split."""
+        ...
+
+    def caption(self, attrs: Int[np.ndarray, "n a"]) -> list[str]:
+        """One sentence per row."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,64 +44,52 @@ class PoolSpec:
     size: int
     seed: int
     held_out: bool
-    max_len: int = MAX_LEN
+    max_len: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """`n` nouns: attributes int64 [n, 4], float16 token states [n, t, k] and pooled vectors [n, k].
+    """`n` captions: attributes, float16 token states [n, t, k] and pooled vectors [n, k].
 
     The states are a memory map: what a batch does not touch takes no memory.
     """
 
-    sprites: nouns.Sprites
-    attrs: Int[np.ndarray, "n 4"]
+    attrs: Int[np.ndarray, "n a"]
     states: Float16[np.ndarray, "n t k"]
     pooled: Float16[np.ndarray, "n k"]
 
-    def batch(self, step: int, size: int, seed: int) -> dict[str, np.ndarray]:
-        """The batch of one step: passes over all nouns, each shuffled by (seed, pass).
+    def rows(self, step: int, size: int, seed: int) -> Int[np.ndarray, "b"]:
+        """The captions of one step: passes over all of them, each shuffled by (seed, pass).
 
         Depends on the arguments alone, so that a resumed run sees what it would have seen.
         """
         n = len(self.attrs)
         at = np.arange(step * size, (step + 1) * size)
         orders = {p: np.random.default_rng((seed, p)).permutation(n) for p in set(at // n)}
-        return self.take(np.array([orders[i // n][i % n] for i in at]))
-
-    def take(self, index: Int[np.ndarray, "b"] | slice) -> dict[str, np.ndarray]:
-        """Rows as a batch: uint8 `images` [b, 32, 32, 3], `txt` [b, t, k], `pooled` [b, k]."""
-        images: UInt8[np.ndarray, "b 32 32 3"] = nouns.compose(self.sprites, self.attrs[index])
-        return {
-            "images": images,
-            "txt": np.asarray(self.states[index]),
-            "pooled": np.asarray(self.pooled[index]),
-        }
+        return np.array([orders[i // n][i % n] for i in at])
 
 
 def open_pool(
     folder: Path,
     spec: PoolSpec,
-    sprites: nouns.Sprites,
+    world: World,
     make_encoder: Callable[[], Callable],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Pool:
     """Open the pool of `spec` in `folder`, encoding whatever part of it is not there yet.
 
     Args:
-        folder: cache; one file set per spec.
+        folder: cache; one file set per world and spec.
         spec: what the pool holds.
-        sprites: the sprites in use.
+        world: what the captions are about.
         make_encoder: called only if something is missing; returns `encode(texts, max_len)` giving
             token states (b, t, k) and pooled vectors (b, k).
         progress: called with the number of finished captions.
     """
-    attrs = nouns.sample_attrs(
-        np.random.default_rng(spec.seed), spec.size, sprites.counts, spec.held_out
-    )
-    texts = nouns.caption(sprites, attrs)
+    attrs = world.sample_attrs(np.random.default_rng(spec.seed), spec.size, spec.held_out)
+    texts = world.caption(attrs)
     key = json.dumps([asdict(spec), texts]).encode()
-    stem = folder / f"nouns-{hashlib.sha256(key).hexdigest()[:16]}"
+    stem = folder / f"{world.name}-{hashlib.sha256(key).hexdigest()[:16]}"
     done_file = stem.with_suffix(".json")
     done = json.loads(done_file.read_text())["done"] if done_file.exists() else 0
     if done < spec.size:
@@ -98,7 +101,25 @@ def open_pool(
             _replace_text(done_file, json.dumps({"done": finished, **asdict(spec)}))
             progress(finished)
     states, pooled = (np.load(path, mmap_mode="r") for path in _paths(stem))
-    return Pool(sprites=sprites, attrs=attrs, states=states, pooled=np.asarray(pooled))
+    return Pool(attrs=attrs, states=states, pooled=np.asarray(pooled))
+
+
+def open_pools(
+    folder: Path,
+    specs: dict[str, PoolSpec],
+    world: World,
+    make_encoder: Callable[[], Callable],
+    console: Console,
+) -> dict[str, Pool]:
+    """Pools by name, with a progress bar each; see `open_pool`."""
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bar:
+        pools = {}
+        for name, spec in specs.items():
+            task = bar.add_task(f"{name} captions", total=spec.size)
+            advance = lambda done, task=task: bar.update(task, completed=done)  # noqa: E731
+            pools[name] = open_pool(folder, spec, world, make_encoder, advance)
+            bar.update(task, completed=spec.size)
+    return pools
 
 
 def _paths(stem: Path) -> tuple[Path, Path]:

@@ -1,0 +1,176 @@
+"""Every rung of the ladder to 1.58 bits on the shipped FLUX: `python -m benchmarks.ternary`.
+
+A rung that is done is kept in OUT and not done again; a training that was interrupted goes on.
+`--quick` runs all of them in minutes, with so little training that its scores say nothing.
+Captions the rungs learn from and captions that judge them share no (head, accessory) pair.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.evidence import Bench, Outcome
+from benchmarks.evidence_report import beats, save_grid, table
+from benchmarks.evidence_subjects import Amount, nouns_subject
+from benchmarks.ternary_judge import Judge, Losses, with_activations
+from benchmarks.ternary_rungs import RUNGS, Sizes, Workshop
+from lowbit_jax import checkpoint
+from lowbit_jax.evaluation import nouns
+from lowbit_jax.quant.recipe import RECIPES
+
+QUICK = Sizes(
+    prompts=24, gram_prompts=8, rows=96, block_steps=10, scale_steps=6, code_steps=10, batch=8
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to run."""
+
+    out: Path = Path("runs/ternary")
+    """Folder of trajectories, models, trainings, results.json and grid.png."""
+    quick: bool = False
+    """Little training and few captions, in OUT-quick."""
+    rungs: tuple[str, ...] = tuple(RUNGS)
+    """Which; those they start from must be among them or done before."""
+    captions: int = 128
+    """Held-out captions that judge, at most 128."""
+    sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What was found of one rung."""
+
+    outcome: Outcome
+    losses: Losses
+    minutes: float
+
+
+def main(options: Options) -> dict[str, Any]:
+    """Run and judge the rungs; prints the tables, returns and writes the results."""
+    console = Console()
+    if options.quick:
+        out = options.out.with_name(options.out.name + "-quick")
+        options = replace(options, out=out, captions=min(options.captions, 16), sizes=QUICK)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shop = Workshop(options.out, options.sizes, console)
+    judge = Judge(shop)
+    bench = Bench(nouns_subject(Amount(captions=options.captions), console), options.out / "judged")
+    rungs: dict[str, Rung] = {}
+    for name in options.rungs:
+        params, minutes = _made(shop, name)
+        outcome = bench.params(name, asdict(options.sizes), lambda tree=params: tree)
+        rungs[name] = Rung(outcome=outcome, losses=judge(params), minutes=minutes)
+        console.print(f"{name}: score {outcome.interval('score')}")
+    best = max(rungs, key=lambda name: rungs[name].outcome.values["score"].mean())
+    eight = bench.params(
+        f"{best}-a8", asdict(options.sizes), lambda: with_activations(shop.rung(best), 8)
+    )
+    return report(options, bench.reference[2], rungs, best, eight, console)
+
+
+def _made(shop: Workshop, name: str) -> tuple[Any, float]:
+    """The parameters of a rung and the minutes of the call that finished it, now or before."""
+    file = shop.out / "models" / f"{name}.minutes.json"
+    if not file.exists():
+        start = time.perf_counter()
+        made = RUNGS[name](shop)
+        minutes = (time.perf_counter() - start) / 60
+        (shop.out / "models").mkdir(exist_ok=True)
+        checkpoint.save(
+            shop.out / "models" / name,
+            made,
+            model="flux",
+            config=shop.saved.config,
+            recipe=RECIPES["flux-1.58bit"],
+            overwrite=True,
+        )
+        file.write_text(json.dumps(minutes))
+    return shop.rung(name), json.loads(file.read_text())
+
+
+def report(
+    options: Options,
+    floats: Outcome,
+    rungs: dict[str, Rung],
+    best: str,
+    eight: Outcome,
+    console: Console,
+) -> dict[str, Any]:
+    """Print and write everything."""
+    outcomes = {"float": floats, **{name: rung.outcome for name, rung in rungs.items()}}
+    outcomes[f"{best} + int8"] = eight
+    console.print(table(outcomes, f"{options.captions} held-out captions, same noise"))
+    console.print(_attributes(outcomes))
+    console.print(_steps(rungs))
+    console.print(_layers(rungs))
+    save_grid(options.out / "grid.png", outcomes)
+    scores = {name: float(outcome.values["score"].mean()) for name, outcome in outcomes.items()}
+    found = {
+        "settings": {"captions": options.captions, **asdict(options.sizes)},
+        "scores": {n: outcome.interval("score")._asdict() for n, outcome in outcomes.items()},
+        "rungs": {n: {**asdict(r.losses), "minutes": r.minutes} for n, r in rungs.items()},
+    }
+    (options.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    ratio = 16 / outcomes[best].bits  # against bfloat16, over everything stored
+    console.print(
+        f"figure: float_score={scores['float']:.4f} "
+        f"absmean_score={scores.get('absmean', float('nan')):.4f} "
+        f"best_ternary_score={scores[best]:.4f} a8_score={scores[f'{best} + int8']:.4f} "
+        f"storage_ratio={ratio:.3f}",
+        soft_wrap=True,
+    )
+    return found
+
+
+def _table(title: str, *columns: str) -> Table:
+    made = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        made.add_column(column, no_wrap=True)
+    return made
+
+
+def _attributes(outcomes: dict[str, Outcome]) -> Table:
+    """Single parts right, both of the pair never seen together, all four; and the one before."""
+    columns = (*nouns.KINDS, "head+accessory", "all four", "score above the one before [95 %]")
+    made, before = _table("share of captions", "rung", *columns), None
+    for name, outcome in outcomes.items():
+        right = [outcome.values[kind] > 0 for kind in nouns.KINDS]
+        pair = right[nouns.KINDS.index("head")] & right[nouns.KINDS.index("accessory")]
+        every = [*right, pair, right[0] & right[1] & right[2] & right[3]]
+        step = "-" if before is None else str(beats(outcome, before, "score"))
+        made.add_row(name, *(f"{x.mean():.3f}" for x in every), step)
+        before = outcome
+    return made
+
+
+def _steps(rungs: dict[str, Rung]) -> Table:
+    made = _table("SNR of the velocity, dB, every third step from noise on; minutes", "rung", "dB")
+    made.add_column("min", justify="right")
+    for name, rung in rungs.items():
+        numbers = " ".join(f"{x:5.1f}" for x in rung.losses.velocity[::3])
+        made.add_row(name, numbers, f"{rung.minutes:.1f}")
+    return made
+
+
+def _layers(rungs: dict[str, Rung]) -> Table:
+    made = _table("SNR of weights / of products on held-out inputs, dB", "layers", *rungs)
+    for kind in next(iter(rungs.values())).losses.weights:
+        cells = (
+            f"{r.losses.weights[kind]:.1f} / {r.losses.products[kind]:.1f}" for r in rungs.values()
+        )
+        made.add_row(kind, *cells)
+    return made
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

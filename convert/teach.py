@@ -1,0 +1,347 @@
+"""`convert_and_quantize --method`: codes found from what the float model does, from prompts alone.
+
+    feedback     block after block, codes with error feedback from X^T X of what the block is given
+    reconstruct  and then each block trained against the float block
+    distill      or, after feedback, all codes and scales together against the float velocity
+
+The whole float model is in memory while it samples; what else, `show_estimate` says before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+
+from convert.job import Job, manifest
+from convert.job import run as run_job
+from convert.minilm import load_minilm
+from convert.safetensors import TensorFile
+from convert.trajectories import save_trajectories
+from lowbit_jax.calibration import drivers
+from lowbit_jax.calibration.collect import Run, Sample
+from lowbit_jax.checkpoint import Part, Writer, assemble, iter_parts
+from lowbit_jax.distill import latent, split, train
+from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
+from lowbit_jax.distill.trajectories import Trajectories
+from lowbit_jax.distill.velocity import velocity_loss
+from lowbit_jax.models.flux import FluxConfig, FluxTransformer
+from lowbit_jax.quant.compensate import Feedback
+from lowbit_jax.quant.qtensor import is_qtensor, tree_bytes
+from lowbit_jax.quant.recipe import Rule
+from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE, FlowSchedule
+
+Method = Literal["feedback", "reconstruct", "distill"]
+STEPS = 16  # of a trajectory
+ROWS = 1024  # forwards that blocks are shown, of all prompts and steps
+MINILM_WIDTH, MINILM_TOKENS = 384, 32
+SHARE = 0.9  # of the time left, for training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """How a model is taught.
+
+    Attributes:
+        method: see the module.
+        prompts: a text file with a prompt a line, or a safetensors file of encoded ones: `txt`
+            [p, t, k], `pooled` [p, k].
+        minutes: for all of it.
+        grid: rows and columns of latent patches of a picture.
+        folder: where trajectories and checkpoints of trainings are kept.
+        batch: forwards of a training step.
+        seed: of noise and order.
+    """
+
+    method: Method
+    prompts: Path
+    minutes: float
+    grid: tuple[int, int]
+    folder: Path
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.minutes > 0:
+            raise ValueError(f"--budget-minutes must be positive, got {self.minutes:g}")
+
+
+def read_prompts(path: Path, config: FluxConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Encoded prompts, `txt` [p, t, context] and `pooled` [p, vec].
+
+    Raises:
+        ValueError: no such file, none in it, or an encoder that is not here: encode them elsewhere.
+    """
+    if path.suffix == ".safetensors":
+        with TensorFile(path) as file:
+            txt, pooled = (np.array(file.read(name), np.float32) for name in ("txt", "pooled"))
+    else:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{path} holds no prompts")
+        if not config.context_in_dim == config.vec_in_dim == MINILM_WIDTH:
+            raise ValueError(
+                f"{path}: this model's text states are {config.context_in_dim} and "
+                f"{config.vec_in_dim} wide; only MiniLM (384) is run here. Give a safetensors file "
+                "of encoded prompts: txt [p, t, k], pooled [p, k]"
+            )
+        txt, pooled = (np.asarray(x) for x in load_minilm()(lines, MINILM_TOKENS))
+    wanted = (config.context_in_dim, config.vec_in_dim)
+    if txt.ndim != 3 or pooled.ndim != 2 or (txt.shape[2], pooled.shape[1]) != wanted:
+        raise ValueError(f"{path}: txt {txt.shape}, pooled {pooled.shape}; widths must be {wanted}")
+    return txt, pooled
+
+
+def make_samples(
+    lesson: Lesson,
+    config: FluxConfig,
+    txt: Float[np.ndarray, "p t k"],
+    pooled: Float[np.ndarray, "p k"],
+) -> list[Sample]:
+    """Noise for every prompt; guidance 3.5 where the model is told one."""
+    tokens = lesson.grid[0] * lesson.grid[1]
+    guidance = jnp.full(1, 3.5) if config.guidance_embed else None
+    out = []
+    for i in range(len(txt)):
+        key = jax.random.fold_in(jax.random.key(lesson.seed), i)
+        noise = jax.random.normal(key, (1, tokens, config.in_channels))
+        states, vector = jnp.asarray(txt[i : i + 1]), jnp.asarray(pooled[i : i + 1])
+        out.append(drivers.flux_sample(noise, states, vector, guidance))
+    return out
+
+
+def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[str, int]:
+    """Bytes that each part needs at its peak, by shapes; activations of one block by a rule.
+
+    Args:
+        params: float parameters, or their shapes.
+        method: see the module.
+        batch: of a training step.
+        tokens: of text and picture.
+    """
+    floats = tree_bytes(params)
+    stacks = [params[name] for name in ("double_blocks", "single_blocks") if name in params]
+    kernels = _kernels(stacks)
+    blocks = [
+        sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(segment))
+        for stack in stacks
+        for segment in stack.values()
+    ]
+    every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stacks))
+    layers = sum(len(jax.tree.leaves(s)[0]) for stack in stacks for s in stack.values())
+    width = max(n for _, n in kernels) + max(k for k, _ in kernels)
+    activations = 4 * batch * tokens * width * 2  # of one block, forward and backward
+    rows = 4 * tokens * min(k for k, _ in kernels)  # of one forward's activations
+    device = {
+        # three k x k of float32 and six matrices, one linear at a time
+        "feedback": floats + max(12 * k * k + 24 * k * n for k, n in kernels),
+        # latent weights, their gradient and two moments of one block
+        "reconstruct": floats + 16 * max(blocks) + activations,
+        "distill": floats + 16 * every + layers * batch * rows + activations,
+    }
+    grams = max(sum(8 * k * k for k, _ in _kernels(stack)) for stack in stacks)
+    out = {"feedback": device["feedback"], method: device[method]}
+    return out | {"on the host or on disk (X^T X of a block, activations)": grams + 4 * ROWS * rows}
+
+
+def _kernels(tree: Any) -> list[tuple[int, ...]]:
+    """(k, n) of every kernel, of a stack once."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf.shape[-2:] for path, leaf in flat if path[-1].key == "kernel"]
+
+
+def write_taught(
+    job: Job,
+    tree: Any,
+    digests: dict[str, str],
+    told: dict[str, Any],
+    out: Path,
+    overwrite: bool,
+    archive: bool,
+) -> None:
+    """Save what `teach` gave; the manifest says how it was made, under "taught"."""
+    facts = manifest(job, digests) | {"taught": told}
+    with Writer(out, facts, overwrite=overwrite, archive=archive) as writer:
+        for name, part in iter_parts(tree):
+            writer.write(name, part)
+        writer.finish()
+
+
+def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, Any]]:
+    """Quantise a checkpoint by a method.
+
+    Args:
+        job: what was planned; its recipe says which layers and formats.
+        lesson: how.
+        console: for the estimate and progress.
+
+    Returns:
+        The quantised tree, with what stays in floating point in the dtype of the job, and what the
+        manifest says of how it was made.
+
+    Raises:
+        ValueError: another network than FLUX, prompts that cannot be used, a budget too small.
+    """
+    if job.model != "flux":
+        raise ValueError(f"--method teaches FLUX; this is {job.model}")
+    start = time.monotonic()
+    txt, pooled = read_prompts(lesson.prompts, job.config)
+    samples = make_samples(lesson, job.config, txt, pooled)
+    params = _floats(job)
+    model = FluxTransformer(job.config, jnp.bfloat16, remat=True)
+    sigmas = _schedule(job).sigmas(STEPS, lesson.grid[0] * lesson.grid[1])
+    run = drivers.flux_run(model, sigmas, grid=lesson.grid)
+    seconds = _forward_seconds(run, params, samples[0])
+    show_estimate(lesson, params, len(samples), seconds, txt.shape[1], console)
+
+    size = min(32, len(samples))
+    data = save_trajectories(lesson.folder / "trajectories", run, params, samples, size=size)
+    rows = min(ROWS, len(data) * data.steps)
+    options = Feedback()
+    with console.status("error feedback") as status:
+        told = lambda block: status.update(f"error feedback: {block}")  # noqa: E731
+        tree = feedback_blocks(
+            run,
+            params,
+            job.recipe,
+            data,
+            options,
+            rows=rows,
+            seed=lesson.seed,
+            folder=lesson.folder,
+            progress=told,
+        )
+    facts = {"prompts": len(data), "steps": data.steps, "trajectories": data.digest}
+    rungs = [{"rung": "feedback", "rows": rows, **dataclasses.asdict(options)}]
+    if lesson.method != "feedback":
+        left = lesson.minutes - (time.monotonic() - start) / 60
+        tree, rung = _train(lesson, run, params, tree, data, rows, seconds, left, console)
+        rungs.append(rung)
+    minutes = round((time.monotonic() - start) / 60, 2)
+    tree = jax.tree.map(partial(_cast, dtype=job.dtype), tree, is_leaf=is_qtensor)
+    return tree, {"method": lesson.method, **facts, "rungs": rungs, "minutes": minutes}
+
+
+def _floats(job: Job) -> Any:
+    """The ported parameters in float32, LoRA files merged."""
+    rules: dict[str, Rule | None] = dict.fromkeys(job.rules)
+    plain = dataclasses.replace(job, rules=rules, dtype=jnp.float32)
+    parts: list[tuple[str, Part]] = []
+    run_job(plain, lambda name, part, bad: parts.append((name, part)))
+    return assemble(parts)
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    return leaf if is_qtensor(leaf) else leaf.astype(dtype)
+
+
+def show_estimate(
+    lesson: Lesson, params: Any, prompts: int, seconds: float, text: int, console: Console
+) -> None:
+    """What it will take, before it is taken: from one forward that was timed, and from shapes."""
+    tokens = text + lesson.grid[0] * lesson.grid[1]
+    memory = memory_bytes(params, lesson.method, lesson.batch, tokens)
+    console.print(
+        f"{lesson.method}: a forward takes {seconds:.3f} s; trajectories of {prompts} prompts "
+        f"about {prompts * STEPS * seconds / 60:.1f} min, {lesson.minutes:g} min in all",
+        soft_wrap=True,
+    )
+    for name, size in memory.items():
+        console.print(f"memory, {name}: about {size / 1e9:,.2f} GB", soft_wrap=True)
+
+
+def _schedule(job: Job) -> FlowSchedule:
+    """Of the scheduler's config beside the weights; FLUX.1-dev's where there is none."""
+    source = Path(job.checkpoint.source)
+    for folder in (source, source.parent, source.parent.parent):
+        file = folder / "scheduler" / "scheduler_config.json"
+        if file.is_file():
+            return FlowSchedule.from_json(json.loads(file.read_text()))
+    return FLUX_DEV_SCHEDULE
+
+
+def _forward_seconds(run: Run, params: Any, sample: Sample) -> float:
+    def forward(params, sample):
+        def apply(*inputs, **named) -> Any:
+            return run.model.apply({"params": params}, *inputs, **named)
+
+        return run.denoise(
+            apply, sample.noise, jnp.full(1, run.steps.timestep[0]), sample.conditions
+        )
+
+    compiled = jax.jit(forward)
+    compiled(params, sample).block_until_ready()
+    start = time.monotonic()
+    compiled(params, sample).block_until_ready()
+    return time.monotonic() - start
+
+
+def _train(
+    lesson: Lesson,
+    run: Run,
+    params: Any,
+    tree: Any,
+    data: Trajectories,
+    rows: int,
+    seconds: float,
+    minutes: float,
+    console: Console,
+) -> tuple[Any, dict[str, Any]]:
+    """The training of a method, in the time that is left."""
+    minutes *= SHARE
+    if minutes <= 0:
+        raise ValueError(
+            f"the budget of {lesson.minutes:g} minutes is spent on trajectories and feedback; give "
+            "more, or fewer prompts. What is recorded is used again"
+        )
+    # a step is two forwards and a backward pass of twice a forward, of `batch` entries
+    steps = _planned(lesson.folder, max(2, int(60 * minutes / (4 * seconds * lesson.batch))))
+    options = train.Options(steps=steps, learning_rate=3e-4, batch=lesson.batch, seed=lesson.seed)
+    folder = lesson.folder / lesson.method
+    if lesson.method == "reconstruct":
+        made = reconstruct(
+            run,
+            params,
+            tree,
+            data,
+            options,
+            rows=rows,
+            folder=folder,
+            minutes=minutes,
+            console=console,
+        )
+        done = {name: found.step for name, found in made.fits.items()}
+        return made.params, {"rung": "reconstruct", "rows": rows, "planned": steps, "steps": done}
+    parts = split.split(latent.latents(params, tree), split.CODES)
+    found = train.fit(
+        velocity_loss(run),
+        parts,
+        lambda step: data.batch(step, options.batch, options.seed),
+        options,
+        folder,
+        name="distill",
+        about=data.digest,
+        minutes=minutes,
+        console=console,
+    )
+    tree = latent.tensors(parts.join(found.trained, parts.frozen))
+    return tree, {"rung": "distill", "planned": steps, "steps": found.step}
+
+
+def _planned(folder: Path, steps: int) -> int:
+    """The steps of a training: those planned when it was begun, if it was."""
+    file = folder / "steps.json"
+    if not file.exists():
+        file.write_text(json.dumps(steps))
+    return json.loads(file.read_text())

@@ -1,0 +1,1 @@
+"""A quantised model taught by its float model: trajectories, latent weights, training (optax)."""

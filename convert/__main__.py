@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import tyro
@@ -21,9 +21,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.job import Job, manifest, plan, run
 from convert.lora import Lora
+from convert.pipeline import check_complete, check_fit, copy_files, find_pipeline, staged
 from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
-from lowbit_jax.quant.recipe import RECIPES, load_recipe
+from lowbit_jax.pipelines.folder import Layout
+from lowbit_jax.quant.recipe import RECIPES, Recipe, load_recipe
 from lowbit_jax.quant.report import SizeReport, size_report, size_table
 
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
@@ -34,8 +36,12 @@ class Arguments:
     """Port a PyTorch checkpoint to Flax, quantise it and save it; reads one tensor at a time."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder."""
+    """A .safetensors, .pt, .pth, .bin or .ckpt file, an index of shards, or a diffusers folder; of
+    a whole FluxPipeline (with model_index.json) all parts are converted."""
     recipe: Annotated[str, tyro.conf.arg(help=f"{', '.join(RECIPES)}, or a JSON file.")]
+    text_recipe: str | None = None
+    """Of a whole pipeline's T5 encoder, w8a16 or w4a16 say; else float. CLIP and the autoencoder
+    stay in floating point."""
     keep: str | None = None
     """Layers to keep in floating point, against the recipe: a regular expression for their paths,
     such as '.*/cross_attn/kv_linear'."""
@@ -104,6 +110,18 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.lora_skip is not None and not arguments.lora:
         raise ValueError("--lora-skip leaves out keys of --lora, and none is given")
     loras = [Lora.parse(text, arguments.lora_skip) for text in arguments.lora]
+    pipeline = find_pipeline(arguments.checkpoint) if arguments.model == "auto" else None
+    if pipeline is not None:
+        if arguments.method != "rounding":
+            raise ValueError(
+                f"--method {arguments.method} takes a transformer alone: give "
+                f"{arguments.checkpoint / 'transformer'}"
+            )
+        return _convert_pipeline(pipeline, recipe, loras, arguments, console)
+    if arguments.text_recipe is not None:
+        raise ValueError(
+            "--text-recipe is for whole pipelines: give a folder with model_index.json"
+        )
     if arguments.out is not None:
         check_output(arguments.out, arguments.overwrite, arguments.resume)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
@@ -121,6 +139,39 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
             _teach(job, arguments, console)
         elif not arguments.dry_run:
             _convert(job, arguments, console)
+
+
+def _convert_pipeline(
+    pipeline: Layout, recipe: Recipe, loras: list[Lora], arguments: Arguments, console: Console
+) -> None:
+    source, floats = arguments.checkpoint, RECIPES["float"]
+    check_complete(source, pipeline)
+    recipes = {"text_encoder_2": load_recipe(arguments.text_recipe or "float")}
+    own: dict[str, dict[str, Any]] = {
+        "transformer": {"recipe": recipe, "loras": loras, "statistics": arguments.stats}
+    }
+    jobs: dict[str, Job] = {}
+    with ExitStack() as opened:
+        for part, model in pipeline.models.items():
+            checkpoint = opened.enter_context(open_checkpoint(source / part))
+            options = own.get(part, {"recipe": recipes.get(part, floats)})
+            jobs[part] = plan(checkpoint, model=model, dtype=DTYPES[arguments.dtype], **options)
+        notes = check_fit(source, {part: job.config for part, job in jobs.items()})
+        for job in jobs.values():
+            show_plan(job, job.sizes(arguments.archive), console)
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        if arguments.dry_run:
+            return
+        assert arguments.out is not None
+        replaces, resumes = arguments.overwrite, arguments.resume
+        with staged(arguments.out, pipeline, overwrite=replaces, resume=resumes) as staging:
+            for part, job in jobs.items():
+                _convert(job, replace(arguments, out=staging / part, overwrite=False), console)
+            copy_files(source, staging, pipeline)
+    console.print(
+        f"{arguments.out}: a whole pipeline; lowbit-jax sample {arguments.out} --prompt ..."
+    )
 
 
 def _teach(job: Job, arguments: Arguments, console: Console) -> None:

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert.registry import SOURCES
+from convert.registry import ALL_SOURCES
 from convert.safetensors import TensorSpec, write_sharded
 from convert.table import Layout, Leaf, expand, split_leaf
 from lowbit_jax.checkpoint import OutputError, iter_parts, load
 from lowbit_jax.checkpoint_parts import leaf_at
-from lowbit_jax.models.registry import NETWORKS, read_config
+from lowbit_jax.models.registry import MODELS, read_config
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 
 
@@ -39,6 +39,8 @@ def export_diffusers(
 ) -> Path:
     """Write `config.json` and `diffusion_pytorch_model*.safetensors`, loadable by diffusers.
 
+    Text encoders go into `model*.safetensors`, loadable by transformers.
+
     A layout other than diffusers' has the names and shapes of another publication, in the same
     kind of file; its `config.json` says what no tensor tells.
 
@@ -51,7 +53,7 @@ def export_diffusers(
         params: parameter tree, float or quantised.
         model: name of the network.
         config: its config.
-        layout: name of a layout of `SOURCES[model].exports`; None for the first.
+        layout: name of a layout of `ALL_SOURCES[model].exports`; None for the first.
         dtype: dtype of the tensors.
         max_shard_bytes: a larger model is split, with an index.
 
@@ -64,12 +66,13 @@ def export_diffusers(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty; choose another folder")
-    source = SOURCES[model]
+    source = ALL_SOURCES[model]
     naming = source.export_layout(layout)
     document = json.dumps(source.exports[naming.name](config), indent=2) + "\n"
     tensors = source_tensors(params, model, config, naming, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    write_sharded(folder, tensors, max_shard_bytes, metadata={"format": "pt"})
+    stem = "model" if naming.name == "transformers" else "diffusion_pytorch_model"
+    write_sharded(folder, tensors, max_shard_bytes, stem, metadata={"format": "pt"})
     (folder / "config.json").write_text(document)
     return folder
 
@@ -78,7 +81,7 @@ def source_tensors(
     params: Mapping[str, Any], model: str, config: Any, layout: Layout, dtype: Any
 ) -> dict[str, TensorSpec]:
     """All tensors of a layout, by name; each is made when its turn to be written comes."""
-    abstract = iter_parts(NETWORKS[model].abstract_params(config))
+    abstract = iter_parts(MODELS[model].abstract_params(config))
     shapes = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in abstract}
     tensors = {
         name: TensorSpec(
@@ -88,7 +91,10 @@ def source_tensors(
         for name, shape in leaf.source_shapes().items()
     }
     for constant in layout.constants:
-        value = np.asarray(constant.value(config)).astype(dtype)
+        value = np.asarray(constant.value(config))
+        if value.dtype.kind == "i":  # a buffer of indices, which no publisher writes any more
+            continue
+        value = value.astype(dtype)
         tensors[constant.source] = TensorSpec(
             shape=value.shape, dtype=dtype, make=partial(np.asarray, value)
         )
@@ -131,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         saved = load(arguments.folder)
         config = read_config(saved.model, saved.config)
-        layout = SOURCES[saved.model].export_layout(arguments.layout).name
+        layout = ALL_SOURCES[saved.model].export_layout(arguments.layout).name
         export_diffusers(
             arguments.out, saved.params, saved.model, config, layout=layout, dtype=dtype
         )

@@ -19,7 +19,7 @@ import numpy as np
 
 from convert.checkpoint_files import Checkpoint
 from convert.lora import Lora, read_loras
-from convert.registry import SOURCES, recognise
+from convert.registry import ALL_SOURCES, recognise
 from convert.statistics import load_statistics
 from convert.table import (
     Constant,
@@ -34,7 +34,7 @@ from convert.table import (
 )
 from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, iter_parts
-from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.models.registry import MODELS
 from lowbit_jax.quant.lora import LowRank
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
@@ -151,12 +151,12 @@ def plan(
         ValueError: a width that cannot be rotated as the recipe says.
     """
     model, layout = recognise(checkpoint, model)
-    config = SOURCES[model].read_config(checkpoint, layout)
-    params = NETWORKS[model].abstract_params(config, dtype)
+    config = ALL_SOURCES[model].read_config(checkpoint, layout)
+    params = MODELS[model].abstract_params(config, dtype)
     shapes = {
         part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in iter_parts(params)
     }
-    leaves = expand(layout, config, shapes)
+    leaves = expand(layout, config, shapes, checkpoint.names)
     constants = {constant: np.asarray(constant.value(config)) for constant in layout.constants}
     check(checkpoint, leaves, f"{model} ({layout.name} layout)", constants)
     kernels = [leaf.layer_path for leaf in leaves if leaf.is_kernel]

@@ -1,4 +1,4 @@
-"""Which checkpoints can be converted: one entry per network, found by its tensors."""
+"""Which checkpoints can be converted: one entry per model, found by its tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
+from convert import (
+    autoencoder_kl,
+    clip_text,
+    dit,
+    flux,
+    latte,
+    latte_t2v,
+    pixart,
+    stdit,
+    stdit3,
+    t5,
+)
 from convert.checkpoint_files import Checkpoint
 from convert.errors import CheckpointError
 from convert.safetensors_header import quote
@@ -15,7 +26,7 @@ from convert.table import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """How one network's checkpoints are read.
+    """How one model's checkpoints are read.
 
     Attributes:
         layouts: the namings that are understood.
@@ -81,22 +92,45 @@ SOURCES = {
     ),
 }
 
+# what stands before and after a network in a pipeline
+COMPONENT_SOURCES = {
+    "t5": Source(
+        layouts=t5.LAYOUTS,
+        read_config=t5.read_config,
+        exports={"transformers": t5.to_transformers_config},
+    ),
+    "clip-text": Source(
+        layouts=clip_text.LAYOUTS,
+        read_config=clip_text.read_config,
+        exports={"transformers": clip_text.to_transformers_config},
+    ),
+    "autoencoder-kl": Source(
+        layouts=autoencoder_kl.LAYOUTS,
+        read_config=autoencoder_kl.read_config,
+        exports={"diffusers": autoencoder_kl.to_diffusers_config},
+    ),
+}
+
+ALL_SOURCES = SOURCES | COMPONENT_SOURCES
+
 
 def recognise(checkpoint: Checkpoint, model: str = "auto") -> tuple[str, Layout]:
-    """Name and layout of the network a checkpoint holds.
+    """Name and layout of the model a checkpoint holds.
 
     Raises:
         CheckpointError: none that is known, or not the one asked for.
         ValueError: an unknown `model`.
     """
-    if model != "auto" and model not in SOURCES:
-        raise ValueError(f"--model {model} is neither 'auto' nor one of: {', '.join(SOURCES)}")
+    if model != "auto" and model not in ALL_SOURCES:
+        raise ValueError(f"--model {model} is neither 'auto' nor one of: {', '.join(ALL_SOURCES)}")
     names = set(checkpoint.names)
-    for name in SOURCES if model == "auto" else (model,):
-        for layout in SOURCES[name].layouts:
+    for name in ALL_SOURCES if model == "auto" else (model,):
+        for layout in ALL_SOURCES[name].layouts:
             if layout.matches(names):
                 return name, layout
-    wanted = f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(SOURCES)})"
+    wanted = (
+        f"a {model} checkpoint" if model != "auto" else f"a known model ({', '.join(ALL_SOURCES)})"
+    )
     example = (
         f"its tensors look like {quote(checkpoint.names[0])}" if checkpoint.names else "it is empty"
     )

@@ -39,6 +39,9 @@ class Row:
             is kept, see `check_copies`; the way back writes all of them.
         optional: some configs have no such parameter, or not in every layer (FLUX.1-schnell has no
             guidance embedder); the row is then left out.
+        bias: whether the linear has one.
+        aliases: other names that publishers give the only source. Where a checkpoint has several,
+            they must be equal; the way back writes the source.
     """
 
     target: str
@@ -49,10 +52,14 @@ class Row:
     kernel_tail: Callable[[Any], tuple[int, ...]] | None = None
     repeated: str | None = None
     optional: bool = False
+    bias: bool = True
+    aliases: tuple[str, ...] = ()
 
     def parameters(self) -> dict[str, str]:
         """Suffixes of the target's parameters, with those of the sources."""
-        return {"": ""} if self.vector else {"/kernel": ".weight", "/bias": ".bias"}
+        if self.vector:
+            return {"": ""}
+        return {"/kernel": ".weight"} | ({"/bias": ".bias"} if self.bias else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +68,8 @@ class Constant:
 
     Attributes:
         source: its name.
-        value: the numbers it must have, in its shape, from the config; none larger than 1.
+        value: the numbers it must have, in its shape, from the config; none larger than 1, or
+            integers.
         optional: some publishers leave it out of their files.
     """
 
@@ -81,6 +89,7 @@ class Layout:
         stacks: our stack -> the config field with its number of layers.
         constants: what the source stores and our model computes, as fixed position tables.
         without: a tensor that another network's layout has besides the marker.
+        more: further rows, from the config: of networks whose blocks are all different.
     """
 
     name: str
@@ -89,6 +98,7 @@ class Layout:
     stacks: Mapping[str, str]
     constants: tuple[Constant, ...] = ()
     without: str | None = None
+    more: Callable[[Any], tuple[Row, ...]] = lambda config: ()
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether tensors of these names look like this layout."""
@@ -138,25 +148,32 @@ class Leaf:
         return shapes | dict.fromkeys(self.copies, (self.sizes[0], *self.tail))
 
 
-def expand(layout: Layout, config: Any, shapes: Mapping[str, Mapping[str, tuple]]) -> list[Leaf]:
+def expand(
+    layout: Layout,
+    config: Any,
+    shapes: Mapping[str, Mapping[str, tuple]],
+    names: Collection[str] = (),
+) -> list[Leaf]:
     """All leaves of a model, part by part.
 
     Args:
         layout: the naming to use.
         config: the model's config.
         shapes: {part: {path: shape of the Flax parameter}}, see `part_shapes`.
+        names: tensors of the checkpoint, which tell which of a row's aliases it has.
     """
+    rows = (*layout.rows, *layout.more(config))
     leaves: list[Leaf] = []
     for part, paths in shapes.items():
         stack, _, layer = part.partition("/")
         prefix = f"{stack}/{{i}}/" if layer else ""
-        for row in layout.rows:
+        for row in rows:
             if row.target.startswith(prefix) and bool(layer) == ("{i}" in row.target):
                 target = row.target.removeprefix(prefix)
                 if row.optional and not any(target + end in paths for end in row.parameters()):
                     continue
                 repeats = getattr(config, layout.stacks[row.repeated]) if row.repeated else 1
-                leaves += _row_leaves(row, target, part, layer, repeats, config, paths)
+                leaves += _row_leaves(row, target, part, layer, repeats, config, paths, names)
         covered = {leaf.path for leaf in leaves if leaf.part == part}
         if covered != set(paths):
             missing = sorted(set(paths) ^ covered)
@@ -169,7 +186,14 @@ def _numbered(name: str, layer: int) -> str:
 
 
 def _row_leaves(
-    row: Row, target: str, part: str, layer: str, repeats: int, config: Any, paths: Mapping
+    row: Row,
+    target: str,
+    part: str,
+    layer: str,
+    repeats: int,
+    config: Any,
+    paths: Mapping[str, tuple],
+    present: Collection[str],
 ) -> Iterator[Leaf]:
     for suffix, source_suffix in row.parameters().items():
         shape = paths[target + suffix]
@@ -179,16 +203,30 @@ def _row_leaves(
             tail = row.kernel_tail(config) if row.kernel_tail else shape[1:]
         sizes = tuple(row.sizes(config)) if row.sizes else (shape[0],)
         names = [source + source_suffix for source in row.sources]
+        sources = [_numbered(name, int(layer or 0)) for name in names]
+        copies = [_numbered(name, i) for i in range(1, repeats) for name in names]
+        if row.aliases:
+            called = [
+                *sources,
+                *(_numbered(a + source_suffix, int(layer or 0)) for a in row.aliases),
+            ]
+            sources, copies = _told_apart(called, present)
         yield Leaf(
             part=part,
             path=target + suffix,
-            sources=tuple(_numbered(name, int(layer or 0)) for name in names),
+            sources=tuple(sources),
             sizes=sizes,
             shape=shape,
             swap_halves=row.swap_halves,
             tail=tail,
-            copies=tuple(_numbered(name, i) for i in range(1, repeats) for name in names),
+            copies=tuple(copies),
         )
+
+
+def _told_apart(called: list[str], present: Collection[str]) -> tuple[list[str], list[str]]:
+    """Of the names of one tensor, the first that is present (else the first) and the others."""
+    found = [name for name in called if name in present] or called[:1]
+    return found[:1], found[1:]
 
 
 def check(
@@ -209,6 +247,7 @@ def check(
         for constant, value in constants.items()
         if constant.source in names or not constant.optional
     }
+    integers = {constant.source for constant, value in constants.items() if value.dtype.kind == "i"}
     problems = [
         f"missing tensor '{n}' {s} of {what}" for n, s in sorted(expected.items()) if n not in names
     ]
@@ -222,7 +261,7 @@ def check(
             problems.append(
                 f"tensor '{name}' has shape {tuple(info.shape)}, {what} needs {expected[name]}"
             )
-        if str(info.dtype) not in FLOATS:
+        if str(info.dtype) not in FLOATS and name not in integers:
             problems.append(
                 f"tensor '{name}' is {info.dtype}, not one of {', '.join(FLOATS)}; "
                 "give the unquantised checkpoint"
@@ -253,7 +292,8 @@ def check_copies(checkpoint: Checkpoint, leaves: Sequence[Leaf]) -> None:
 
 
 def check_constants(checkpoint: Checkpoint, constants: Mapping[Constant, np.ndarray]) -> None:
-    """Compare the tensors that our model computes, to 1e-6 or half a step of their own dtype.
+    """Compare the tensors that our model computes, to 1e-6 or half a step of their own dtype;
+    integers exactly.
 
     Raises:
         CheckpointError: every one that differs, or holds NaN, at once.
@@ -263,7 +303,8 @@ def check_constants(checkpoint: Checkpoint, constants: Mapping[Constant, np.ndar
         name = constant.source
         if name in checkpoint.names:
             stored = checkpoint.read(name)
-            bound = max(1e-6, float(ml_dtypes.finfo(stored.dtype).eps) / 2)
+            exact = stored.dtype.kind in "iu"
+            bound = 0.0 if exact else max(1e-6, float(ml_dtypes.finfo(stored.dtype).eps) / 2)
             error = np.abs(stored.astype(np.float64) - value).max(initial=0)
             if not error <= bound:  # NaN too
                 problems.append(

@@ -1,4 +1,4 @@
-"""`lowbit-jax`: inspect a converted checkpoint, list recipes, audit the GPU kernels."""
+"""`lowbit-jax`: pictures, contents of checkpoints, recipes, allocation of bits, kernel audit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
+from lowbit_jax.cli_allocate import Allocate, run_allocate
+from lowbit_jax.cli_sample import Sample, sample
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.report import size_report, size_table
 from pallas_kernels.audit.cases import cases
@@ -61,8 +63,10 @@ class Audit:
 
 
 Command = (
-    Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Recipes, tyro.conf.subcommand("recipes")]
+    | Annotated[Allocate, tyro.conf.subcommand("allocate")]
     | Annotated[Audit, tyro.conf.subcommand("audit")]
 )
 
@@ -79,9 +83,13 @@ def main(argv: list[str] | None = None) -> int:
             return audit(command, console)
         if isinstance(command, Inspect):
             inspect(command, console)
+        elif isinstance(command, Sample):
+            sample(command, console)
+        elif isinstance(command, Allocate):
+            run_allocate(command, console)
         else:
             list_recipes(console)
-    except (ValueError, OSError, ToolError) as error:
+    except (ValueError, OSError, ImportError, ToolError) as error:
         print(f"lowbit-jax: {error}", file=sys.stderr)
         return 2
     return 0

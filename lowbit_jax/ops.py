@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
 from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from pallas_kernels import api
@@ -36,7 +37,7 @@ class Before(Protocol):
 
 def linear(
     x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel,
+    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | FakeQuantKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
@@ -47,7 +48,8 @@ def linear(
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
     without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
-    what comes after the sum in it (`pallas_kernels.api`).
+    what comes after the sum in it (`pallas_kernels.api`). A `FakeQuantKernel` stands for the same
+    numbers in float32.
 
     A `QTensor` or `TransformedKernel` that is balanced or rotated takes `(before(x) * mask) @ R`,
     in float32 up to the codes. Blocks of 64, 128 and 256 are rotated in the pass that quantises,
@@ -74,6 +76,8 @@ def linear(
     if isinstance(kernel, LoraKernel):
         residual = _add_branch(x, kernel, before, gate, residual)
         return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
+    if isinstance(kernel, FakeQuantKernel):
+        return _fake_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, QTensor):
         return _quantized_linear(x, kernel, bias, before, gate, residual)
     if isinstance(kernel, TransformedKernel):
@@ -113,6 +117,16 @@ def _float_linear(x, kernel, bias, before, gate, residual):
     if gate is not None:
         y = over_tokens(gate, y) * y
     return y if residual is None else residual + y
+
+
+def _fake_linear(x, fake: FakeQuantKernel, bias, before, gate, residual):
+    """In float32 up to the end, whatever the dtype of x, as the kernels' epilogue is."""
+    kernel: Any = fake.kernel
+    mask, rotation = None, None
+    if isinstance(kernel, TransformedKernel):
+        kernel, mask, rotation = kernel.kernel, kernel.mask, kernel.rotation
+    rows = fake_quantize_rows(_transformed(x, mask, rotation, before), fake.act_bits)
+    return _float_linear(rows, kernel, bias, None, gate, residual).astype(x.dtype)
 
 
 @jax.custom_vjp

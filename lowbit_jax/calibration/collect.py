@@ -115,6 +115,42 @@ class Run:
         names = ("conditional", "unconditional")
         return names if self.guidance.order == "conditional first" else names[::-1]
 
+    def advance(self, apply: Callable[..., Array], state: Any, now: Any, conditions: Any, key: Any):
+        """One guided step of the sampler with `apply` for the model: the next state.
+
+        Args:
+            apply: what the model's __call__ does.
+            state: of `samplers.loop`.
+            now: one of `steps`.
+            conditions: of a `Sample`.
+            key: of the step's noise; None for steps that add none.
+        """
+
+        def denoiser(x, timestep):
+            return self.denoise(apply, x, timestep, conditions)
+
+        if self.guidance is not None and self.scale is not None:
+            denoiser = self.guidance.guide(denoiser, self.scale)
+        z = None if key is None else jax.random.normal(key, state[0].shape)
+        return loop.advance(denoiser, state, now, z)
+
+    def keys(self, sample: Sample) -> Any:
+        """A key, or None, for each step of a sample.
+
+        Raises:
+            ValueError: a key for steps that add no noise, or none for steps that do.
+        """
+        if (sample.key is None) != (self.steps.std is None):
+            raise ValueError(
+                f"key is {sample.key}: steps that add noise need one, others take none"
+            )
+        count = len(self.steps)
+        return [None] * count if sample.key is None else jax.random.split(sample.key, count)
+
+    def each_step(self) -> list[loop.Steps]:
+        """The steps one by one."""
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], self.steps) for i in range(len(self.steps))]
+
 
 def collect(
     run: Run,
@@ -145,11 +181,11 @@ def collect(
     before = 0 if resume is None else resume.samples
     program, digest, done = jax.jit(_step(run)), run_digest(run, params), 0
     sums = Sums(len(run.halves), run.ranges, {} if resume is None else resume.layers)
-    steps = [jax.tree.map(lambda leaf, i=i: leaf[i], run.steps) for i in range(len(run.steps))]
+    steps = run.each_step()
     with Progress(console=console, transient=True, disable=console is None) as progress:
         task = progress.add_task("calibrating", total=length_hint(samples) * len(steps) or None)
         for done, sample in enumerate(samples, 1):
-            digest = _hash(digest, sample._replace(key=_key_data(sample.key)))
+            digest = sample_digest(digest, sample)
             if done <= before:
                 if resume is not None and done == before and digest != resume.digest:
                     raise StatisticsError(
@@ -187,11 +223,8 @@ def _sample(program, params, run: Run, sample: Sample, steps):
     noise = jnp.asarray(sample.noise)
     if len(noise) != 1:
         raise ValueError(f"noise has shape {noise.shape}: a sample is a batch of 1")
-    if (sample.key is None) != (run.steps.std is None):
-        raise ValueError(f"key is {sample.key}: steps that add noise need one, others take none")
     state = loop.start(noise, run.steps)
-    keys = [None] * len(steps) if sample.key is None else jax.random.split(sample.key, len(steps))
-    for now, key in zip(steps, keys, strict=True):
+    for now, key in zip(steps, run.keys(sample), strict=True):
         state, r, readings = program(params, state, now, sample.conditions, key)
         yield int(r), jax.device_get(readings)
 
@@ -201,14 +234,7 @@ def _step(run: Run):
 
     def step(params, state, now, conditions, key):
         apply, readings = observe(run.model, params, entries=len(run.halves), grams=run.grams)
-
-        def denoiser(x, timestep):
-            return run.denoise(apply, x, timestep, conditions)
-
-        if run.guidance is not None and run.scale is not None:
-            denoiser = run.guidance.guide(denoiser, run.scale)
-        z = None if key is None else jax.random.normal(key, state[0].shape)
-        state = loop.advance(denoiser, state, now, z)
+        state = run.advance(apply, state, now, conditions, key)
         return state, run.ranges.index(now.timestep), readings()
 
     return step
@@ -235,6 +261,12 @@ def run_digest(run: Run, params: Any) -> str:
     return _hash(repr(settings), (run.steps, start))
 
 
+def sample_digest(before: str, sample: Sample) -> str:
+    """Of what was digested before, and of a sample."""
+    key = None if sample.key is None else jax.random.key_data(sample.key)
+    return _hash(before, sample._replace(key=key))
+
+
 def _corner(ndim: int) -> tuple[Any, ...]:
     """Indices of 64 numbers of each layer of a stack, or of each row of a matrix."""
     first = slice(64)
@@ -252,7 +284,3 @@ def _hash(before: str, tree: Any) -> str:
         if array is not None:
             digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-def _key_data(key):
-    return None if key is None else jax.random.key_data(key)

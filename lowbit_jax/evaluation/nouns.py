@@ -211,6 +211,32 @@ def score(
     return correct
 
 
+def margins(
+    sprites: Sprites, images: Num[np.ndarray, "b 32 32 3"], attrs: Int[np.ndarray, "b 4"]
+) -> dict[str, Float[np.ndarray, "b"]]:
+    """Per kind, how clearly the asked-for sprite is the nearest of all: `score` by how much.
+
+    The smallest, over the candidates w that give another picture than the target t, of
+    (|x - w|^2 - |x - t|^2) / |w - t|^2: 1 in the exact picture, 0 halfway between t and some w,
+    negative where another one is nearer.
+
+    Args:
+        sprites: the candidates.
+        images: pictures in [0, 255], any dtype.
+        attrs: what they should show.
+    """
+    images = np.asarray(images, np.float64)
+    target = compose(sprites, attrs).astype(np.float64)
+    rows = np.arange(len(attrs))
+    found = {}
+    for i, kind in enumerate(KINDS):
+        errors, exact = (_relative_errors(sprites, x, attrs, i) for x in (images, target))
+        ahead, most = (part - part[rows, attrs[:, i]][:, None] for part in (errors, exact))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found[kind] = np.where(most > 0, ahead / most, np.inf).min(axis=1)
+    return found
+
+
 def _relative_errors(sprites: Sprites, images, attrs, layer: int) -> Float[np.ndarray, "b n"]:
     """Squared error to the target with each candidate of `layer`, up to a constant per picture.
 

@@ -1,4 +1,4 @@
-"""Networks by name: what a saved model needs to be built again."""
+"""Models by name: what a saved one needs to be built again."""
 
 from __future__ import annotations
 
@@ -9,26 +9,46 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lowbit_jax.models import dit, flux, latte, latte_t2v, pixart, stdit, stdit3
+from lowbit_jax.models import (
+    autoencoder_kl,
+    clip_text,
+    dit,
+    flux,
+    latte,
+    latte_t2v,
+    pixart,
+    stdit,
+    stdit3,
+    t5,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
-    """One network.
+class Component:
+    """One model that can be converted, saved and built again.
 
     Attributes:
         config: its config class.
         module: builds the Flax module: `module(config, dtype)`.
         abstract_params: `(config, dtype) -> tree of jax.ShapeDtypeStruct`.
         title: what people call it.
-        samplers: keys of `lowbit_jax.samplers.registry.SAMPLERS` that its publishers sample it
-            with, the usual one first.
     """
 
     config: type
     module: Callable[..., nn.Module]
     abstract_params: Callable[..., Any]
     title: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network(Component):
+    """One network that denoises.
+
+    Attributes:
+        samplers: keys of `lowbit_jax.samplers.registry.SAMPLERS` that its publishers sample it
+            with, the usual one first.
+    """
+
     samplers: tuple[str, ...]
 
 
@@ -84,25 +104,49 @@ NETWORKS = {
     ),
 }
 
+# what stands before and after a network in a pipeline
+COMPONENTS = {
+    "t5": Component(
+        config=t5.T5Config,
+        module=t5.T5Encoder,
+        abstract_params=t5.abstract_params,
+        title="T5 v1.1 encoder",
+    ),
+    "clip-text": Component(
+        config=clip_text.ClipTextConfig,
+        module=clip_text.ClipTextEncoder,
+        abstract_params=clip_text.abstract_params,
+        title="CLIP text encoder",
+    ),
+    "autoencoder-kl": Component(
+        config=autoencoder_kl.AutoencoderConfig,
+        module=autoencoder_kl.AutoencoderKL,
+        abstract_params=autoencoder_kl.abstract_params,
+        title="AutoencoderKL",
+    ),
+}
+
+MODELS: dict[str, Component] = {**NETWORKS, **COMPONENTS}
+
 
 def read_config(name: str, fields: Mapping[str, Any]) -> Any:
-    """The config object of a network from JSON-able fields, as a manifest has them.
+    """The config object of a model from JSON-able fields, as a manifest has them.
 
     Raises:
-        ValueError: an unknown network.
+        ValueError: an unknown model.
     """
-    if name not in NETWORKS:
-        raise ValueError(f"model '{name}' is none of: {', '.join(NETWORKS)}")
+    if name not in MODELS:
+        raise ValueError(f"model '{name}' is none of: {', '.join(MODELS)}")
     # JSON has no tuples
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    return NETWORKS[name].config(**values)
+    return MODELS[name].config(**values)
 
 
 def build(name: str, config: Mapping[str, Any], dtype: Any = jnp.float32) -> nn.Module:
     """The module of a saved model, from the `model` and `config` of its manifest.
 
     Raises:
-        ValueError: an unknown network.
+        ValueError: an unknown model.
     """
     fields = read_config(name, config)
-    return NETWORKS[name].module(fields, dtype)
+    return MODELS[name].module(fields, dtype)

@@ -90,6 +90,29 @@ def test_score_finds_the_part_that_is_wrong(sprites):
     assert found["glasses"].mean() == 1
 
 
+def test_margins_are_brute_force_and_have_the_sign_of_the_score(sprites):
+    rng = np.random.default_rng(5)
+    attrs = nouns.sample_attrs(rng, 6, COUNTS)
+    target = nouns.compose(sprites, attrs).astype(float)
+    for found in nouns.margins(sprites, target, attrs).values():
+        np.testing.assert_allclose(found, 1, rtol=1e-9)
+
+    noisy = target + rng.normal(0, 160, target.shape)
+    found, right = (f(sprites, noisy, attrs) for f in (nouns.margins, nouns.score))
+    for layer, kind in enumerate(nouns.KINDS):
+        np.testing.assert_array_equal(found[kind] > 0, right[kind])
+        for b in range(len(attrs)):
+            candidates = np.repeat(attrs[b : b + 1], COUNTS[layer], axis=0)
+            candidates[:, layer] = np.arange(COUNTS[layer])
+            wrong = nouns.compose(sprites, candidates).astype(float)
+            apart = np.square(wrong - target[b]).sum((1, 2, 3))
+            ahead = (
+                np.square(wrong - noisy[b]).sum((1, 2, 3)) - np.square(target[b] - noisy[b]).sum()
+            )
+            least = (ahead[apart > 0] / apart[apart > 0]).min()
+            assert found[kind][b] == pytest.approx(least, rel=1e-9, abs=1e-9)
+
+
 def test_split_is_fixed_and_separates_pairs():
     rng = np.random.default_rng(3)
     attrs = rng.integers(0, COUNTS, size=(100_000, 4))

@@ -10,11 +10,11 @@ import numpy as np
 
 from convert.checkpoint_files import open_checkpoint
 from convert.job import plan, run
-from convert.registry import SOURCES
+from convert.registry import ALL_SOURCES
 from convert.safetensors import write_sharded
 from convert.table import expand
 from lowbit_jax.checkpoint import assemble, iter_parts
-from lowbit_jax.models.registry import NETWORKS
+from lowbit_jax.models.registry import MODELS
 from lowbit_jax.quant.hadamard import rotation_size
 from lowbit_jax.quant.recipe import RECIPES
 from tests.references.flux_files import random_tensors
@@ -66,7 +66,7 @@ def assert_same_files(a, b):
 
 def source_shapes(model, config, layout):
     """Name -> shape of every tensor that a table makes of a config."""
-    parts = iter_parts(NETWORKS[model].abstract_params(config))
+    parts = iter_parts(MODELS[model].abstract_params(config))
     paths = {part: {p: leaf.shape for p, leaf in leaves.items()} for part, leaves in parts}
     found = [
         item for leaf in expand(layout, config, paths) for item in leaf.source_shapes().items()
@@ -78,7 +78,7 @@ def source_shapes(model, config, layout):
 def linears(model, config):
     """Layer path -> (n, k) of every matrix of a network."""
     found = {}
-    for part, leaves in iter_parts(NETWORKS[model].abstract_params(config)):
+    for part, leaves in iter_parts(MODELS[model].abstract_params(config)):
         for path, leaf in leaves.items():
             if path.endswith("/kernel"):
                 layer = path.removesuffix("/kernel")
@@ -107,7 +107,7 @@ def assert_recipes(model, config, in_blocks, outside):
         in_blocks: linear inside a layer of "blocks" -> (n, k). Quantised.
         outside: linear outside -> (n, k). Kept.
     """
-    depth = getattr(config, SOURCES[model].export_layout().stacks["blocks"])
+    depth = getattr(config, ALL_SOURCES[model].export_layout().stacks["blocks"])
     quantised = {
         f"blocks/{i}/{name}": shape for i in range(depth) for name, shape in in_blocks.items()
     }

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
 from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.sharding.kernel import ShardedKernel
 from lowbit_jax.sharding.linear import sharded_linear
 from lowbit_jax.sharding.parts import cut, join, width
@@ -86,7 +87,8 @@ def linear(
             several devices.
 
     Raises:
-        ValueError: when k differs, or the parts are not n outputs, with both numbers.
+        ValueError: when k differs, or the parts are not n outputs, with both numbers; a kernel of
+            timestep ranges.
     """
     k = logical_shape(kernel)[-2]
     if width(x) != k:
@@ -95,6 +97,11 @@ def linear(
     if isinstance(kernel, LoraKernel):
         residual = _add_branch(join(x), kernel, before, gate, residual)
         return linear(x, kernel.base, bias, residual=residual, **named)
+    if isinstance(kernel, RangedKernel):
+        raise ValueError(
+            "the kernel has one matrix for each timestep range: call the model with "
+            "lowbit_jax.quant.ranged.at_timestep(params, t)"
+        )
     if isinstance(kernel, ShardedKernel):
         return sharded_linear(linear, x, kernel, bias, residual=residual, **named)
     y = _linear(join(x), kernel, bias, before, gate, residual)

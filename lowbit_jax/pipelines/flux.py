@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.models.flux import FluxTransformer, Modulations, image_ids, text_ids
+from lowbit_jax.quant.ranged import at_timestep
 from lowbit_jax.samplers import flow_euler, loop
 
 
@@ -50,7 +51,9 @@ def sample_tokens(
     ids = image_ids(*grid), text_ids(txt.shape[1])
 
     def velocity(x, t):
-        return model.apply({"params": params}, x, txt, t, pooled, *ids, guidance=guidance)
+        return model.apply(
+            {"params": at_timestep(params, t)}, x, txt, t, pooled, *ids, guidance=guidance
+        )
 
     if modulations is None:
         return flow_euler.sample(velocity, noise, sigmas)
@@ -59,8 +62,8 @@ def sample_tokens(
         coefficients, given = now
 
         def velocity(x, t):
-            del t  # what it does to the model is in the modulations
-            return model.apply({"params": params}, x, txt, None, None, *ids, modulations=given)
+            here = at_timestep(params, t)
+            return model.apply({"params": here}, x, txt, None, None, *ids, modulations=given)
 
         return loop.advance(velocity, state, coefficients), None
 

@@ -38,6 +38,7 @@ def run(*arguments):
     return result(start(*arguments))
 
 
+@pytest.mark.slow
 def test_products_and_their_gradients():
     """Integer products are equal to the bit however they are split: their sums are exact, and a
     row's scale is the whole row's. Where floats are summed over devices, the order differs; so it

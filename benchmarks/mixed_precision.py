@@ -41,6 +41,7 @@ from lowbit_jax.quant.recipe import BLOCK_LINEARS, Recipe, Rule
 from lowbit_jax.quant.transform import quantize
 from lowbit_jax.samplers.flow_euler import FlowSchedule
 
+TABLE_WIDTH = 120  # columns where the output is a file or a pipe
 SCHEMES: tuple[Scheme, ...] = ("mse", "metric")
 MEASURES = ("PSNR", "quality", "text")  # dB to the float model, dB to the exact picture, margin
 
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print the table, the differences and the figure line."""
     options = tyro.cli(Options, args=argv, description=__doc__)
     console = Console(markup=False)
+    if not console.is_terminal:
+        console = Console(markup=False, width=TABLE_WIDTH)
     try:
         sensitivity = load_sensitivity(options.scan)
         rows = compare(options, sensitivity, console)
@@ -183,9 +186,9 @@ def check_bits(params: Any, allocation: Allocation) -> None:
 def results_table(rows: list[Row]) -> Table:
     """Means over pictures; PSNR of the mean squared error."""
     table = Table(box=box.SIMPLE, padding=(0, 1))
-    table.add_column("bits by")
+    table.add_column("bits by", no_wrap=True)
     for name in ("bits", "segments", "PSNR dB", "exact dB", "text margin", "attributes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
     return table

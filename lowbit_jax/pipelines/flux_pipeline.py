@@ -257,8 +257,8 @@ class FluxPipeline:
                             f"{name} takes {length} tokens; of {prompt[:40]!r}... it does not see "
                             f"{rest!r}"
                         )
-            pooled = self._encode_all("text_encoder", _pooled, tokens[0].ids, progress)
-            states = self._encode_all("text_encoder_2", _states, tokens[1].ids, progress)
+            pooled = self._encode_all("text_encoder", pooled_vector, tokens[0].ids, progress)
+            states = self._encode_all("text_encoder_2", text_states, tokens[1].ids, progress)
             for prompt, *both in zip(new, pooled, states, strict=True):
                 self._texts[prompt, max_length] = TextStates(*both)
         return [self._texts[prompt, max_length] for prompt in prompts]
@@ -288,7 +288,7 @@ class FluxPipeline:
         x, _ = loop.start(noise, steps)
         for index in range(chosen.steps):
             now = jax.tree.map(lambda leaf, i=index: leaf[i], steps)
-            x = _step(part.model, part.params, x, texts, now, scale, grid=grid)
+            x = sampler_step(part.model, part.params, x, texts, now, scale, grid=grid)
             jax.block_until_ready(x)  # else the bar runs ahead, and so does an interrupt
             progress("transformer", done[0] + index + 1, done[1])
         return x
@@ -297,7 +297,7 @@ class FluxPipeline:
         self, tokens: Float[Array, "1 i c"], chosen: Settings, progress: Progress
     ) -> UInt8[np.ndarray, "Y X 3"]:
         part = self._load("vae", progress)
-        pixels = _pixels(part.model, part.params, tokens, grid=self._grid(chosen))
+        pixels = decoded(part.model, part.params, tokens, grid=self._grid(chosen))
         return to_bytes(jax.device_get(pixels)[0])
 
     def _grid(self, chosen: Settings) -> tuple[int, int]:
@@ -343,17 +343,19 @@ class FluxPipeline:
 
 
 @partial(jax.jit, static_argnames="model")
-def _pooled(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b k"]:
+def pooled_vector(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b k"]:
+    """CLIP's vector of each text."""
     return model.apply({"params": params}, ids)[1]
 
 
 @partial(jax.jit, static_argnames="model")
-def _states(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b t k"]:
+def text_states(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b t k"]:
+    """T5's states of each text, padding attended to."""
     return model.apply({"params": params}, ids)
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))
-def _step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, grid):
+def sampler_step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, grid):
     """One step of the sampler, compiled once for all of them."""
     ids = image_ids(*grid), text_ids(texts.states.shape[1])
 
@@ -365,7 +367,8 @@ def _step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, gri
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))
-def _pixels(model, params, tokens, *, grid):
+def decoded(model, params, tokens, *, grid):
+    """The pixels, about in [-1, 1], of tokens on a grid, float32."""
     latents = restore(model.config, unpack(tokens, grid))
     return model.apply({"params": params}, latents, method="decode").astype(jnp.float32)
 

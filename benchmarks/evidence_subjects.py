@@ -33,6 +33,7 @@ from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.evaluation import clip_scores, moving_nouns, nouns
 from lowbit_jax.models.registry import build
 from lowbit_jax.pipelines.flux import sample_tokens
+from lowbit_jax.quant.recipe import BLOCK_LINEARS
 from lowbit_jax.samplers.flow_euler import FlowSchedule
 from lowbit_jax.samplers.guidance import OPENSORA_1_2
 
@@ -86,7 +87,8 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
         drawn = nouns.sample_attrs(rng, amount.calibration, sprites.counts)
         txt, vectors = map(np.asarray, encode(nouns.caption(sprites, drawn), data["max_tokens"]))
         start = jax.random.normal(jax.random.key(CALIBRATION_SEED), (len(drawn), *shape))
-        run = flux_run(model, sigmas, TimestepRanges(QUARTERS), grid=GRID)
+        ranges = TimestepRanges(QUARTERS)
+        run = flux_run(model, sigmas, ranges, grid=GRID, grams=BLOCK_LINEARS)
         one = [
             flux_sample(start[i : i + 1], txt[i : i + 1], vectors[i : i + 1])
             for i in range(len(drawn))
@@ -136,6 +138,7 @@ def moving_nouns_subject(amount: Amount, console: Console | None = None) -> Subj
             TimestepRanges(tuple(1000 * edge for edge in QUARTERS)),
             guidance=OPENSORA_1_2,
             scale=GUIDANCE_SCALE,
+            grams=BLOCK_LINEARS,
         )
         one = [
             caption_sample(run, saved.params, start[i : i + 1], (txt[i : i + 1], mask[i : i + 1]))

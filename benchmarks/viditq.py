@@ -16,6 +16,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -31,7 +32,11 @@ QUICK = ("naive-w8a8", "viditq-w8a8", "naive-w4a8", "viditq-w4a8", "viditq-w4a8-
 COMPARED = tuple(
     name
     for bits in BITS
-    for name in (*(f"{method}-{bits}" for method in METHODS), f"viditq-{bits}-mp")
+    for name in (
+        *(f"{method}-{bits}" for method in METHODS),
+        f"viditq-v1-{bits}",
+        f"viditq-{bits}-mp",
+    )
     if name in RECIPES
 )
 
@@ -53,19 +58,22 @@ class Options:
 
 
 def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
-    """The paper's ablation: each recipe changes one thing of the one before.
+    """The paper's ablation, and one step more: each recipe changes one thing of the one before.
 
     Static per-tensor activations, then per token, then a mask, then (without the mask) a rotation,
-    then both. Weights are the same int4 throughout, quantised per channel.
+    then both; then codes by error feedback, which the paper does not have.
     """
     whole = RECIPES[f"viditq-{bits}"]
     *head, rest = whole.rules
-    changes = {
-        "1 static": {"balance": None, "rotation": None, "act_static": True},
-        "2 dynamic": {"balance": None, "rotation": None},
-        "3 + balance": {"rotation": None},
-        "4 rotation alone": {"balance": None},
-        "5 balance, then rotation": {},
+    assert rest.weights is not None
+    nearest = {"weights": dataclasses.replace(rest.weights, feedback=False)}
+    changes: dict[str, dict[str, Any]] = {
+        "1 static": {"balance": None, "rotation": None, "act_static": True, **nearest},
+        "2 dynamic": {"balance": None, "rotation": None, **nearest},
+        "3 + balance": {"rotation": None, **nearest},
+        "4 rotation alone": {"balance": None, **nearest},
+        "5 balance, then rotation": nearest,
+        "6 + error feedback": {},
     }
     return {
         step: dataclasses.replace(

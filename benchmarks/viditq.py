@@ -31,7 +31,11 @@ QUICK = ("naive-w8a8", "viditq-w8a8", "naive-w4a8", "viditq-w4a8", "viditq-w4a8-
 COMPARED = tuple(
     name
     for bits in BITS
-    for name in (*(f"{method}-{bits}" for method in METHODS), f"viditq-{bits}-mp")
+    for name in (
+        *(f"{method}-{bits}" for method in METHODS),
+        f"viditq-v1-{bits}",
+        f"viditq-{bits}-mp",
+    )
     if name in RECIPES
 )
 

@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = [markdown(rows, title)]
         if not options.quick:
             steps = {s: run(bench, recipe, console) for s, recipe in ladder().items()}
-            console.print(table({"float": rows["float"], **steps}, f"{name}, the ladder at W4A8"))
+            steps = {"float": rows["float"], **steps}
+            console.print(table(steps, f"{name}, the ladder at W4A8"))
             texts.append(markdown(steps, f"{name}, the ladder at W4A8"))
         folder = options.out / name
         (folder / "tables.md").write_text("\n\n".join(texts) + "\n")

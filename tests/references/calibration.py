@@ -33,10 +33,12 @@ def linear_inputs(model, params, *inputs, **named):
         kernels[np.asarray(kernel if index is None else kernel[index]).tobytes()] = path
     found = {path: [] for path in kernels.values()}
 
-    def watched(x, kernel, bias=None, *, before=None, gate=None, residual=None):
-        seen = _before(np.asarray(x, np.float64), before)
+    def watched(x, kernel, bias=None, *, before=None, **after):
+        parts = x if isinstance(x, tuple | list) else [x]
+        whole = np.concatenate([np.asarray(part, np.float64) for part in parts], axis=-1)
+        seen = _before(whole, before)
         found[kernels[np.asarray(kernel).tobytes()]].append(seen.reshape(-1, seen.shape[-1]))
-        return linear(x, kernel, bias, before=before, gate=gate, residual=residual)
+        return linear(x, kernel, bias, before=before, **after)
 
     linear = ops.linear
     with mock.patch.object(ops, "linear", watched), jax.disable_jit():

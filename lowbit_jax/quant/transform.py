@@ -153,15 +153,21 @@ class Treatment:
         return jax.lax.map(lambda layer: self._treated(rule, *layer), (kernel, stacked))
 
     def _treated(self, rule: Rule, kernel, given: Given):
-        edges = () if self.statistics is None else self.statistics.ranges.edges
-        return _treated(kernel, given, rule, edges)
+        return _treated(kernel, given, rule, self._edges(rule))
+
+    def _edges(self, rule: Rule) -> tuple[float, ...]:
+        """Of the timestep ranges that a rule balances each by itself."""
+        if rule.balance is None or rule.balance.ranges is None:
+            return ()
+        assert self.statistics is not None
+        return self.statistics.ranges.edges
 
     def _alone(self, path: str, rule: Rule, kernel):
         """One kernel, as a program of its own."""
         given = self.given(path, kernel.shape[-2])
-        edges = () if self.statistics is None else self.statistics.ranges.edges
         # the same program for all layers of one shape
-        made = _treated_alone(kernel, given, dataclasses.replace(rule, match=""), edges)
+        alike = dataclasses.replace(rule, match="")
+        made = _treated_alone(kernel, given, alike, self._edges(rule))
         if rule.needs_grams:
             check_feedback(path, made)
         return made

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lowbit_jax import ops
+from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.models.layers import AdaLN, Gelu
 from lowbit_jax.quant import (
     Balance,
@@ -50,7 +51,8 @@ def statistics(params, seed=5):
     rng = np.random.default_rng(seed)
     absmax = {path: np.exp(rng.normal(0, 1.5, (2, 3, k))).astype(np.float32) for path in paths}
     layers = {path: SimpleNamespace(absmax=values) for path, values in absmax.items()}
-    return SimpleNamespace(layers=layers, check=lambda params: None)
+    ranges = TimestepRanges((0, 250, 500, 1000))
+    return SimpleNamespace(layers=layers, ranges=ranges, check=lambda params: None)
 
 
 def layers(params):

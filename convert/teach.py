@@ -37,9 +37,8 @@ from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
 from lowbit_jax.distill.trajectories import Trajectories
 from lowbit_jax.distill.velocity import velocity_loss
 from lowbit_jax.models.flux import FluxConfig, FluxTransformer
-from lowbit_jax.quant.compensate import Feedback
 from lowbit_jax.quant.qtensor import is_qtensor, tree_bytes
-from lowbit_jax.quant.recipe import Rule
+from lowbit_jax.quant.recipe import Feedback, Rule
 from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE, FlowSchedule
 
 Method = Literal["feedback", "reconstruct", "distill"]

@@ -15,7 +15,6 @@ from lowbit_jax.distill.trajectories import Trajectories, record
 from lowbit_jax.distill.velocity import velocity_loss
 from lowbit_jax.models.flux import FluxConfig, FluxTransformer, abstract_params
 from lowbit_jax.quant import RECIPES
-from lowbit_jax.quant.compensate import quantize_with_feedback
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import Recipe, Rule
 from lowbit_jax.quant.stacks import iter_layers
@@ -101,7 +100,7 @@ def test_feedback_block_by_block(example):
     watched = dataclasses.replace(RUN, grams=few.rules[0].match)
     layers = collect(watched, params, example_samples()[:16]).layers  # all that `data` has
     grams = {path: layer.gram for path, layer in layers.items() if layer.gram is not None}
-    parallel = quantize_with_feedback(params, few, grams)
+    parallel = quantize(params, few.with_feedback(), grams=grams)
     pairs = zip(iter_layers(found), iter_layers(parallel), strict=True)
     agree = {
         path: np.mean(np.asarray(a.unpacked()) == np.asarray(b.unpacked()))

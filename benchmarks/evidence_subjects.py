@@ -38,6 +38,7 @@ from lowbit_jax.samplers.guidance import OPENSORA_1_2
 
 ROOT = Path(__file__).parent.parent / "checkpoints"
 STEPS = 20
+IN_BLOCKS = r"[a-z_]*blocks/.*"  # linears whose X^T X error feedback needs
 GRID = (8, 8)  # latent patches of a 32x32 picture
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # ViDiT-Q's four ranges, of FLUX's time
 CLIPS = 16  # sampled at a time
@@ -86,7 +87,7 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
         drawn = nouns.sample_attrs(rng, amount.calibration, sprites.counts)
         txt, vectors = map(np.asarray, encode(nouns.caption(sprites, drawn), data["max_tokens"]))
         start = jax.random.normal(jax.random.key(CALIBRATION_SEED), (len(drawn), *shape))
-        run = flux_run(model, sigmas, TimestepRanges(QUARTERS), grid=GRID)
+        run = flux_run(model, sigmas, TimestepRanges(QUARTERS), grid=GRID, grams=IN_BLOCKS)
         one = [
             flux_sample(start[i : i + 1], txt[i : i + 1], vectors[i : i + 1])
             for i in range(len(drawn))
@@ -136,6 +137,7 @@ def moving_nouns_subject(amount: Amount, console: Console | None = None) -> Subj
             TimestepRanges(tuple(1000 * edge for edge in QUARTERS)),
             guidance=OPENSORA_1_2,
             scale=GUIDANCE_SCALE,
+            grams=IN_BLOCKS,
         )
         one = [
             caption_sample(run, saved.params, start[i : i + 1], (txt[i : i + 1], mask[i : i + 1]))

@@ -28,8 +28,7 @@ from lowbit_jax.distill.velocity import velocity_loss
 from lowbit_jax.evaluation import nouns
 from lowbit_jax.models.flux import FluxTransformer
 from lowbit_jax.models.registry import read_config
-from lowbit_jax.quant.compensate import Feedback, quantize_with_feedback
-from lowbit_jax.quant.recipe import BLOCK_LINEARS, RECIPES, Recipe, Rule, WeightSpec
+from lowbit_jax.quant.recipe import BLOCK_LINEARS, RECIPES, Feedback, Recipe, Rule, WeightSpec
 from lowbit_jax.quant.transform import quantize
 from lowbit_jax.samplers.flow_euler import FlowSchedule
 
@@ -140,7 +139,7 @@ def _sequential(shop: Workshop) -> Any:
 
 def _feedback(shop: Workshop, recipe: Recipe) -> Any:
     grams = shop.grams(shop.sizes.gram_prompts, CALIBRATION_SEED, held_out=False)
-    return quantize_with_feedback(shop.params, recipe, grams, FEEDBACK)
+    return quantize(shop.params, recipe.with_feedback(FEEDBACK), grams=grams)
 
 
 def _blocks(shop: Workshop) -> Any:

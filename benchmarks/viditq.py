@@ -31,7 +31,11 @@ QUICK = ("naive-w8a8", "viditq-w8a8", "naive-w4a8", "viditq-w4a8", "viditq-w4a8-
 COMPARED = tuple(
     name
     for bits in BITS
-    for name in (*(f"{method}-{bits}" for method in METHODS), f"viditq-{bits}-mp")
+    for name in (
+        *(f"{method}-{bits}" for method in METHODS),
+        f"viditq-v1-{bits}",
+        f"viditq-{bits}-mp",
+    )
     if name in RECIPES
 )
 
@@ -56,9 +60,10 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
     """The paper's ablation: each recipe changes one thing of the one before.
 
     Static per-tensor activations, then per token, then a mask, then (without the mask) a rotation,
-    then both. Weights are the same int4 throughout, quantised per channel.
+    then both; masks by the least output error. Weights are the same int4 throughout, per channel
+    and rounded plainly; then, which the paper has not, with error feedback.
     """
-    whole = RECIPES[f"viditq-{bits}"]
+    whole = RECIPES[f"viditq-{bits}"].rounded()
     *head, rest = whole.rules
     changes = {
         "1 static": {"balance": None, "rotation": None, "act_static": True},
@@ -67,7 +72,7 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
         "4 rotation alone": {"balance": None},
         "5 balance, then rotation": {},
     }
-    return {
+    steps = {
         step: dataclasses.replace(
             whole,
             name=f"ladder-{bits}-{step[0]}",
@@ -75,6 +80,8 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
         )
         for step, change in changes.items()
     }
+    last = dataclasses.replace(RECIPES[f"viditq-{bits}"], name=f"ladder-{bits}-6")
+    return steps | {"6 + error feedback": last}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         texts = [markdown(rows, title)]
         if not options.quick:
             steps = {s: run(bench, recipe, console) for s, recipe in ladder().items()}
-            console.print(table({"float": rows["float"], **steps}, f"{name}, the ladder at W4A8"))
+            steps = {"float": rows["float"], **steps}
+            console.print(table(steps, f"{name}, the ladder at W4A8"))
             texts.append(markdown(steps, f"{name}, the ladder at W4A8"))
         folder = options.out / name
         (folder / "tables.md").write_text("\n\n".join(texts) + "\n")

@@ -40,6 +40,7 @@ METHODS = ("naive", "dynamic", "qdit", "smoothquant", "quarot", "viditq")
 BITS = ("w8a8", "w6a6", "w4a8", "w4a4")
 TOKENS = 64  # of a sentence, at most
 ROWS = 2048  # of each linear's input that are multiplied
+CHOOSE_ROWS = 128  # of each linear's input that masks are chosen by
 TYPES = ("query", "key", "value", "proj", "mlp_in", "mlp_out")
 INPUT = "input"  # under which inputs are sown
 
@@ -64,14 +65,13 @@ def main(argv: list[str] | None = None) -> None:
     encode = load_minilm()
     calibration, judged = texts[0:need:2], texts[1:need:2]
     seen = inputs(encode, calibration)
-    absmax = {layer: np.abs(x).max(axis=0) for layer, x in seen.items()}
     rows = {layer: x[:ROWS] for layer, x in inputs(encode, judged).items()}
     kernels = {layer: k if i is None else k[i] for layer, k, i in iter_layers(encode.params)}
     console = Console()
     console.print(outliers_table(rows))
     means: dict[str, float] = {}
     for bits in BITS:
-        ratios = {m: measure(m, bits, kernels, rows, absmax) for m in METHODS if has(m, bits)}
+        ratios = {m: measure(m, bits, kernels, rows, seen) for m in METHODS if has(m, bits)}
         console.print(table(bits, ratios))
         means |= {f"{m}_{bits}": float(np.mean(list(r.values()))) for m, r in ratios.items()}
     best = {bits: max(METHODS, key=lambda m: means.get(f"{m}_{bits}", -np.inf)) for bits in BITS}
@@ -123,11 +123,11 @@ def has(method: str, bits: str) -> bool:
 
 
 def rule_of(method: str, bits: str) -> Rule:
-    """How a recipe treats a block's linear; "dynamic" is ViDiT-Q's without mask and rotation."""
-    name = "viditq" if method == "dynamic" else method
-    rule = RECIPES[f"{name}-{bits}"].rules[-1]
-    plain = {"balance": None, "rotation": None} if method == "dynamic" else {}
-    return dataclasses.replace(rule, **plain)
+    """How a recipe treats a block's linear; "dynamic" is ViDiT-Q's with plain rounding alone."""
+    if method != "dynamic":
+        return RECIPES[f"{method}-{bits}"].rules[-1]
+    rule = RECIPES[f"viditq-{bits}"].rounded().rules[-1]
+    return dataclasses.replace(rule, balance=None, rotation=None)
 
 
 def measure(
@@ -135,19 +135,33 @@ def measure(
     bits: str,
     kernels: Mapping[str, jax.Array],
     rows: Mapping[str, np.ndarray],
-    absmax: Mapping[str, np.ndarray],
+    seen: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
-    """Signal-to-noise ratio in dB of every linear's product under a method."""
+    """Signal-to-noise ratio in dB of every linear's product; `seen` are the rows calibrated on."""
     rule = rule_of(method, bits)
-    alpha = None if rule.balance is None else np.float32(rule.balance.alpha)
     found = {}
     for layer, x in rows.items():
-        signs = hadamard.signs(0, layer, x.shape[1]) if rule.rotation is not None else None
-        given = Given(absmax[layer] if rule.needs_statistics else None, alpha, signs)
+        given = _given(rule, layer, seen[layer])
         exact, got = _products(x, kernels[layer], given, rule)
         error = np.square(np.float64(got) - np.float64(exact)).sum()
         found[layer] = float(10 * np.log10(np.square(np.float64(exact)).sum() / error))
     return found
+
+
+def _given(rule: Rule, layer: str, seen: np.ndarray) -> Given:
+    """What a rule needs of the inputs that were seen in calibration."""
+    given = Given()
+    if rule.needs_statistics:
+        given = given._replace(absmax=np.abs(seen).max(axis=0))
+    if rule.chooses_alpha:
+        given = given._replace(rows=seen[:: -(-len(seen) // CHOOSE_ROWS)])
+    elif rule.balance is not None:
+        given = given._replace(alpha=np.float32(rule.balance.alpha))
+    if rule.rotation is not None:
+        given = given._replace(signs=hadamard.signs(0, layer, seen.shape[1]))
+    if rule.needs_grams:
+        given = given._replace(gram=np.float32(seen.T @ seen / len(seen)))
+    return given
 
 
 def _products(x: Any, kernel: jax.Array, given: Given, rule: Rule) -> Any:

@@ -45,6 +45,8 @@ class Arguments:
     keep: str | None = None
     """Layers to keep in floating point, against the recipe: a regular expression for their paths,
     such as '.*/cross_attn/kv_linear'."""
+    no_feedback: bool = False
+    """Round plainly where the recipe has error feedback: it needs no X^T X then."""
     stats: Path | None = None
     """Statistics of the model's activations (convert.statistics), for recipes that balance."""
     out: Path | None = None
@@ -105,6 +107,8 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
     if arguments.resume and arguments.dry_run:
         raise ValueError("--resume goes on with a conversion and --dry-run makes none; give one")
     recipe = load_recipe(arguments.recipe)
+    if arguments.no_feedback:
+        recipe = recipe.rounded()
     if arguments.keep is not None:
         recipe = recipe.keeping(arguments.keep)
     if arguments.lora_skip is not None and not arguments.lora:

@@ -37,14 +37,23 @@ from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import MODELS
 from lowbit_jax.quant.lora import LowRank
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
-from lowbit_jax.quant.transform import NonFiniteError, given_of, nonfinite_message, quantize
+from lowbit_jax.quant.transform import (
+    NonFiniteError,
+    check_feedback,
+    given_of,
+    nonfinite_message,
+    quantize,
+)
 from lowbit_jax.quant.weights import (
     Given,
+    factor_of,
     mask_of,
     quantize_weight,
     rotation_of,
+    sample_of,
     static_scale,
     transform_weight,
 )
@@ -103,8 +112,11 @@ class Job:
         rows = max(_float_bytes_at_once(leaf, self.rule(leaf)) for leaf in self.leaves)
         part = max(size_report([part]).after for part in iter_parts(self.abstract))
         merged = max((4 * math.prod(x.shape) for x in self.leaves if self.update(x)), default=0)
+        grams = max(_gram_bytes(leaf, self.rule(leaf)) for leaf in self.leaves)
         # a leaf twice: the pages read, and the matrix fused from them
-        return int(BASE_BYTES + 2 * leaf + merged + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part)
+        return int(
+            BASE_BYTES + grams + 2 * leaf + merged + ROW_TEMPORARIES * rows + PARTS_IN_MEMORY * part
+        )
 
     def source_bytes(self, parts: Collection[str]) -> int:
         """Bytes that are read to make these parts."""
@@ -275,7 +287,9 @@ def _convert(job: Job, leaf: Leaf, keep: bool) -> tuple[Any, bool]:
         array = _merge(array, update)
     rule = job.rule(leaf)
     if rule is not None:
-        tensor, finite = _treat_leaf(array, rule, job.given(leaf, rule), jnp.dtype(job.dtype))
+        tensor, finite = _treat_ranges(array, rule, job, leaf)
+        if finite and rule.needs_grams:
+            check_feedback(leaf.layer_path, tensor)
         if finite or not keep:
             return tensor, finite
     return _port_leaf(array, jnp.dtype(job.dtype), leaf.is_kernel)
@@ -291,6 +305,18 @@ def _merge(array: np.ndarray, update: LowRank) -> np.ndarray:
     return merged
 
 
+def _treat_ranges(array: np.ndarray, rule: Rule, job: Job, leaf: Leaf) -> tuple[Any, bool]:
+    """`_treat_leaf`; with a balance for each timestep range, all of them one after the other."""
+    given, dtype = job.given(leaf, rule), jnp.dtype(job.dtype)
+    if rule.balance is None or rule.balance.ranges is None:
+        return _treat_leaf(array, rule, given, dtype)
+    assert job.statistics is not None
+    each = map(given.of_range, range(rule.balance.ranges))
+    made = [_treat_leaf(array, rule, one, dtype) for one in each]
+    kernels = jax.tree.map(lambda *parts: np.stack(parts), *(kernel for kernel, _ in made))
+    return RangedKernel(kernels, job.statistics.ranges.edges), made[0][1]
+
+
 def _treat_leaf(
     array: np.ndarray, rule: Rule, given: Given, dtype: np.dtype
 ) -> tuple[QTensor | TransformedKernel, bool]:
@@ -301,10 +327,13 @@ def _treat_leaf(
     if rule.balance is not None:  # a mask needs all rows before the first can be treated
         for piece in pieces:
             columns = np.maximum(columns, np.abs(piece).max(axis=0).astype(np.float32))
-    mask = mask_of(rule, jnp.asarray(columns), given)
+    mask = mask_of(rule, jnp.asarray(columns), given, jnp.asarray(sample_of(array)))
     rotation = rotation_of(rule, array.shape[1])
     static = static_scale(rule, given, mask)
-    treat = partial(_treat_rows, mask=mask, rule=rule, rotation=rotation, dtype=dtype)
+    factor = factor_of(rule, given, mask, rotation)
+    treat = partial(
+        _treat_rows, mask=mask, factor=factor, rule=rule, rotation=rotation, dtype=dtype
+    )
     with ThreadPoolExecutor(THREADS) as pool:
         done = list(pool.map(lambda piece: jax.device_get(treat(piece)), pieces))
     made = [part for part, _ in done]
@@ -334,13 +363,18 @@ def _float_bytes_at_once(leaf: Leaf, rule: Rule | None) -> int:
     return transformed * 4 * k * min(n, THREADS * _rows_at_once(n, rule))
 
 
+def _gram_bytes(leaf: Leaf, rule: Rule | None) -> int:
+    """Of X^T X, its factor and what is between them, float32, where a leaf needs them."""
+    return 4 * 4 * leaf.shape[1] ** 2 if rule is not None and rule.needs_grams else 0
+
+
 @partial(jax.jit, static_argnames=("rule", "rotation", "dtype"))
-def _treat_rows(array: jax.Array, mask: jax.Array | None, *, rule: Rule, rotation, dtype):
+def _treat_rows(array: jax.Array, mask, factor, *, rule: Rule, rotation: int | None, dtype):
     finite = jnp.isfinite(array).all()
     weight = transform_weight(array, mask, rotation)
     if rule.weights is None:
         return weight.astype(dtype), finite
-    return quantize_weight(weight, rule), finite
+    return quantize_weight(weight, rule, factor), finite
 
 
 def _port_leaf(array: np.ndarray, dtype: Any, transpose: bool) -> tuple[np.ndarray, bool]:

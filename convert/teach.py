@@ -37,14 +37,14 @@ from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
 from lowbit_jax.distill.trajectories import Trajectories
 from lowbit_jax.distill.velocity import velocity_loss
 from lowbit_jax.models.flux import FluxConfig, FluxTransformer
-from lowbit_jax.quant.compensate import Feedback
 from lowbit_jax.quant.qtensor import is_qtensor, tree_bytes
-from lowbit_jax.quant.recipe import Rule
+from lowbit_jax.quant.recipe import Feedback, Rule
 from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE, FlowSchedule
 
 Method = Literal["feedback", "reconstruct", "distill"]
 STEPS = 16  # of a trajectory
-ROWS = 1024  # forwards that blocks are shown, of all prompts and steps
+ROWS = 1024  # forwards that blocks are shown, of all prompts and steps,
+ACTIVATIONS = 32e9  # or as many as take these bytes
 MINILM_WIDTH, MINILM_TOKENS = 384, 32
 SHARE = 0.9  # of the time left, for training
 
@@ -142,17 +142,33 @@ def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[s
     layers = sum(len(jax.tree.leaves(s)[0]) for stack in stacks for s in stack.values())
     width = max(n for _, n in kernels) + max(k for k, _ in kernels)
     activations = 4 * batch * tokens * width * 2  # of one block, forward and backward
-    rows = 4 * tokens * min(k for k, _ in kernels)  # of one forward's activations
+    row = _row_bytes(params, tokens)
     device = {
         # three k x k of float32 and six matrices, one linear at a time
         "feedback": floats + max(12 * k * k + 24 * k * n for k, n in kernels),
         # latent weights, their gradient and two moments of one block
         "reconstruct": floats + 16 * max(blocks) + activations,
-        "distill": floats + 16 * every + layers * batch * rows + activations,
+        "distill": floats + 16 * every + layers * batch * row + activations,
     }
     grams = max(sum(8 * k * k for k, _ in _kernels(stack)) for stack in stacks)
     out = {"feedback": device["feedback"], method: device[method]}
-    return out | {"on the host or on disk (X^T X of a block, activations)": grams + 4 * ROWS * rows}
+    return out | {
+        "on the host or on disk (X^T X of a block, activations)": grams + 4 * _most_rows(row) * row
+    }
+
+
+def _tokens(lesson: Lesson, txt: np.ndarray) -> int:
+    return txt.shape[1] + lesson.grid[0] * lesson.grid[1]
+
+
+def _row_bytes(params: Any, tokens: int) -> int:
+    """Of what goes from block to block in one forward, in float32."""
+    return 4 * tokens * params["img_in"]["kernel"].shape[-1]
+
+
+def _most_rows(row: int) -> int:
+    """Forwards whose activations, of four kinds, take no more than `ACTIVATIONS`."""
+    return max(1, min(ROWS, int(ACTIVATIONS / (4 * row))))
 
 
 def _kernels(tree: Any) -> list[tuple[int, ...]]:
@@ -203,11 +219,11 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
     sigmas = _schedule(job).sigmas(STEPS, lesson.grid[0] * lesson.grid[1])
     run = drivers.flux_run(model, sigmas, grid=lesson.grid)
     seconds = _forward_seconds(run, params, samples[0])
-    show_estimate(lesson, params, len(samples), seconds, txt.shape[1], console)
+    show_estimate(lesson, params, len(samples), seconds, _tokens(lesson, txt), console)
 
     size = min(32, len(samples))
     data = save_trajectories(lesson.folder / "trajectories", run, params, samples, size=size)
-    rows = min(ROWS, len(data) * data.steps)
+    rows = min(_most_rows(_row_bytes(params, _tokens(lesson, txt))), len(data) * data.steps)
     options = Feedback()
     with console.status("error feedback") as status:
         told = lambda block: status.update(f"error feedback: {block}")  # noqa: E731
@@ -247,10 +263,9 @@ def _cast(leaf: Any, dtype: Any) -> Any:
 
 
 def show_estimate(
-    lesson: Lesson, params: Any, prompts: int, seconds: float, text: int, console: Console
+    lesson: Lesson, params: Any, prompts: int, seconds: float, tokens: int, console: Console
 ) -> None:
     """What it will take, before it is taken: from one forward that was timed, and from shapes."""
-    tokens = text + lesson.grid[0] * lesson.grid[1]
     memory = memory_bytes(params, lesson.method, lesson.batch, tokens)
     console.print(
         f"{lesson.method}: a forward takes {seconds:.3f} s; trajectories of {prompts} prompts "

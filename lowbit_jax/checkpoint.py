@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,12 +94,19 @@ def save(
         writer.finish()
 
 
-def load(folder: str | os.PathLike, *, verify: bool = True) -> SavedModel:
+def load(
+    folder: str | os.PathLike,
+    *,
+    verify: bool = True,
+    place: Callable[[str, Part], Part] | None = None,
+) -> SavedModel:
     """Load a checkpoint, checking the digest of every tensor.
 
     Args:
         folder: a folder written by `save` or `convert_and_quantize`.
         verify: compare digests (sha256); switch off only for files you have just checked.
+        place: puts a part where it belongs once it is read, such as `sharding.place.placer`, which
+            leaves no more than one layer on the host.
 
     Raises:
         SavedModelError: not a finished checkpoint, a newer version, or a damaged tensor (named).
@@ -107,7 +114,9 @@ def load(folder: str | os.PathLike, *, verify: bool = True) -> SavedModel:
     manifest = read_manifest(folder)
     try:
         parts = (
-            (name, read_part(folder, manifest, name, verify)) for name in manifest["parts"].keys()
+            (name, part if place is None else place(name, part))
+            for name in manifest["parts"].keys()
+            for part in (read_part(folder, manifest, name, verify),)
         )
         return SavedModel(
             params=assemble(parts),

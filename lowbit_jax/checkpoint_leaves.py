@@ -1,8 +1,9 @@
 """How one parameter lies in a checkpoint: its arrays and the entry that describes them.
 
 An array is stored as it is, a `QTensor` as `<name>.codes`, `<name>.scale` and, where it has them,
-`<name>.zero`, `.mask` and `.act_scale`; a `TransformedKernel` as `<name>.kernel` and `.mask`. In a
-manifest each array has its shape, dtype and SHA-256.
+`<name>.zero`, `.mask` and `.act_scale`; a `TransformedKernel` as `<name>.kernel` and `.mask`; a
+`RangedKernel` as the one it holds, `<name>.ranges`. In a manifest each array has its shape, dtype
+and SHA-256.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
+from lowbit_jax.quant.ranged import RangedKernel
 from pallas_kernels import packing
 
 FIELDS = {  # kind of a leaf -> its arrays, some of which may be absent
@@ -35,6 +37,9 @@ def store_leaf(
         arrays: stored name -> array.
         archive: store ternary codes five to the byte.
     """
+    if isinstance(leaf, RangedKernel):
+        kernels = store_leaf(f"{path}/ranges", leaf.kernels, arrays, archive=False)
+        return {"kind": "ranged", "edges": list(leaf.edges), "kernels": kernels}
     if isinstance(leaf, TransformedKernel):
         found = {"kernel": leaf.kernel, "mask": leaf.mask}
         return {"kind": "transformed", **_rotation(leaf), **_store_all(path, found, arrays)}
@@ -60,7 +65,9 @@ def stored_arrays(specs: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
     """(stored name, {shape, dtype, sha256}) of every array of a part."""
     for path, spec in specs.items():
         name = path.replace("/", ".")
-        if spec["kind"] == "array":
+        if spec["kind"] == "ranged":
+            yield from stored_arrays({f"{path}/ranges": spec["kernels"]})
+        elif spec["kind"] == "array":
             yield name, spec
         else:
             for field in FIELDS[spec["kind"]]:
@@ -81,6 +88,8 @@ def damage(specs: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str | 
 def restore_leaf(path: str, spec: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
     """Inverse of `store_leaf`."""
     name = path.replace("/", ".")
+    if spec["kind"] == "ranged":
+        return _ranged(spec, restore_leaf(f"{path}/ranges", spec["kernels"], arrays))
     if spec["kind"] == "array":
         return arrays[name]
     found = {field: arrays.get(f"{name}.{field}") for field in FIELDS[spec["kind"]]}
@@ -96,6 +105,8 @@ def abstract_leaf(spec: Mapping[str, Any]) -> Any:
     def shape(field: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(tuple(field["shape"]), jnp.dtype(field["dtype"]))
 
+    if spec["kind"] == "ranged":
+        return _ranged(spec, abstract_leaf(spec["kernels"]))
     if spec["kind"] == "array":
         return shape(spec)
     found = {name: shape(spec[name]) if name in spec else None for name in FIELDS[spec["kind"]]}
@@ -107,6 +118,10 @@ def abstract_leaf(spec: Mapping[str, Any]) -> Any:
 
 def _rotation(leaf: QTensor | TransformedKernel) -> dict[str, int]:
     return {} if leaf.rotation is None else {"rotation": leaf.rotation}
+
+
+def _ranged(spec: Mapping[str, Any], kernels: QTensor | TransformedKernel) -> RangedKernel:
+    return RangedKernel(kernels, tuple(spec["edges"]))
 
 
 def _store_all(

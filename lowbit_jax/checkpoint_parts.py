@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lowbit_jax.quant.stacks import is_stack, runs, segments
 
@@ -101,7 +102,16 @@ def _stack_layers(layers: list[Part]) -> dict[str, Any]:
 
 
 def _stack(leaves: list[Any]) -> Any:
-    return jax.tree.map(lambda *arrays: jnp.asarray(np.stack(arrays)), *leaves)
+    return jax.tree.map(lambda *arrays: _stack_arrays(list(arrays)), *leaves)
+
+
+def _stack_arrays(arrays: list[Any]) -> jax.Array:
+    """Layers in one array; those already on devices stay there, each device with its own share."""
+    sharding = getattr(arrays[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return jnp.asarray(np.stack(arrays))
+    stacked = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=stacked)(*arrays)
 
 
 def _signature(layer: Part) -> tuple:

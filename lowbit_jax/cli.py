@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from lowbit_jax.checkpoint import SavedModelError, abstract_parts, load, read_manifest
 from lowbit_jax.cli_allocate import Allocate, run_allocate
 from lowbit_jax.cli_sample import Sample, sample
+from lowbit_jax.pipelines.folder import FLUX, INDEX, check_folder
 from lowbit_jax.quant.recipe import RECIPES
 from lowbit_jax.quant.report import size_report, size_table
 from pallas_kernels.audit.cases import cases
@@ -32,7 +33,7 @@ class Inspect:
     """Show the contents, sizes and origin of a converted checkpoint."""
 
     folder: tyro.conf.Positional[Path]
-    """A folder written by convert_and_quantize."""
+    """A folder written by convert_and_quantize, of one model or of a whole pipeline."""
     verify: bool = False
     """Also read every tensor and compare its digest with the manifest."""
 
@@ -100,7 +101,13 @@ def inspect(command: Inspect, console: Console) -> None:
 
     Raises:
         SavedModelError: no checkpoint, or a damaged one.
+        PipelineError: a pipeline that is incomplete.
     """
+    if (command.folder / INDEX).is_file():
+        check_folder(command.folder, FLUX)
+        for part in FLUX.models:
+            inspect(replace(command, folder=command.folder / part), console)
+        return
     manifest = read_manifest(command.folder)
     try:
         recipe, source = manifest["recipe"], manifest["source"] or {}

@@ -81,7 +81,7 @@ def sample(command: Sample, console: Console) -> None:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)  # type: ignore[arg-type]
 
-        pictures = pipeline(
+        pictures = pipeline.stream(
             prompts,
             seed=command.seed,
             steps=command.steps,
@@ -91,13 +91,13 @@ def sample(command: Sample, console: Console) -> None:
             max_length=command.max_length,
             progress=progress,
         )
-    if command.batch is not None:
-        command.out.mkdir(parents=True, exist_ok=True)
-    for picture, path in zip(pictures, paths, strict=True):
-        picture.save(path, overwrite=command.overwrite)
-    settings = pictures[0].settings
+        for picture, path in zip(pictures, paths, strict=True):
+            if command.batch is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path, overwrite=command.overwrite)  # at once: the next may take long
+    settings = picture.settings
     console.print(
-        f"{command.out}: {len(pictures)} picture(s), {settings['size']}, {settings['steps']} steps,"
+        f"{command.out}: {len(paths)} picture(s), {settings['size']}, {settings['steps']} steps,"
         f" guidance {settings['guidance']}, recipe '{pipeline.recipes['transformer']}', T5 "
         f"'{pipeline.recipes['text_encoder_2']}'; {time.perf_counter() - start:.1f} s with loading "
         "and compiling",

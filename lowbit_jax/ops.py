@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,24 @@ from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
 from lowbit_jax.quant.lora import LoraKernel
-from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
+from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
+from lowbit_jax.quant.ranged import RangedKernel
+from lowbit_jax.sharding.kernel import ShardedKernel
+from lowbit_jax.sharding.linear import sharded_linear
+from lowbit_jax.sharding.parts import cut, join, width
 from pallas_kernels import api
 from pallas_kernels.reference_rows import ROTATIONS
 from pallas_kernels.rows import QuantizedRows
 
 
 class Before(Protocol):
-    """What happens to the input of a product: a pytree that can be fused with quantising rows."""
+    """What happens to the input of a product: a pytree that can be fused with quantising rows.
+
+    Attributes:
+        elementwise: whether it acts on every value alone, so that a row may be split over devices.
+    """
+
+    elementwise: ClassVar[bool]
 
     def __call__(self, x: Float[Array, "b t k"]) -> Float[Array, "b t k"]:
         """In floating point."""
@@ -36,14 +46,20 @@ class Before(Protocol):
 
 
 def linear(
-    x: Float[Array, "... k"],
-    kernel: Float[Array, "k n"] | QTensor | TransformedKernel | LoraKernel | FakeQuantKernel,
+    x: Float[Array, "... k"] | tuple[Array, ...] | list[Array],
+    kernel: Float[Array, "k n"]
+    | QTensor
+    | TransformedKernel
+    | LoraKernel
+    | FakeQuantKernel
+    | ShardedKernel,
     bias: Float[Array, "n"] | None = None,
     *,
     before: Before | None = None,
     gate: Float[Array, "b ... n"] | None = None,
     residual: Float[Array, "... n"] | None = None,
-) -> Float[Array, "... n"]:
+    parts: tuple[int, ...] | None = None,
+) -> Any:
     """`residual + gate * (before(x) @ kernel + bias)`, summed in float32, in the dtype of `x`.
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
@@ -60,31 +76,36 @@ def linear(
     A `LoraKernel` adds its branch, which sees the input as it is, to the product of its base.
 
     Args:
-        x: input.
-        kernel: weights.
+        x: input, or its parts, to be joined along the features.
+        kernel: weights; on several devices a `ShardedKernel`.
         bias: added to the product.
         before: what happens to x first, such as `models.layers.AdaLN`.
         gate: factors of the outputs, one vector per sample or per frame, see `over_tokens`.
         residual: what the gated product is added to.
+        parts: sizes of what the outputs are made of, such as queries, keys and values. The result
+            is then a tuple of them, so that none need be put beside the others where they lie on
+            several devices.
 
     Raises:
-        ValueError: when k differs, with both numbers.
+        ValueError: when k differs, or the parts are not n outputs, with both numbers; a kernel of
+            timestep ranges.
     """
     k = logical_shape(kernel)[-2]
-    if x.shape[-1] != k:
-        raise ValueError(f"x has {x.shape[-1]} features, the kernel takes {k}")
+    if width(x) != k:
+        raise ValueError(f"x has {width(x)} features, the kernel takes {k}")
+    named: dict[str, Any] = {"before": before, "gate": gate, "parts": parts}
     if isinstance(kernel, LoraKernel):
-        residual = _add_branch(x, kernel, before, gate, residual)
-        return linear(x, kernel.base, bias, before=before, gate=gate, residual=residual)
-    if isinstance(kernel, FakeQuantKernel):
-        return _fake_linear(x, kernel, bias, before, gate, residual)
-    if isinstance(kernel, QTensor):
-        return _quantized_linear(x, kernel, bias, before, gate, residual)
-    if isinstance(kernel, TransformedKernel):
-        dtype = x.dtype
-        x = _transformed(x, kernel.mask, kernel.rotation, before).astype(dtype)
-        kernel, before = kernel.kernel, None
-    return _float_linear(x, kernel, bias, before, gate, residual)
+        residual = _add_branch(join(x), kernel, before, gate, residual)
+        return linear(x, kernel.base, bias, residual=residual, **named)
+    if isinstance(kernel, RangedKernel):
+        raise ValueError(
+            "the kernel has one matrix for each timestep range: call the model with "
+            "lowbit_jax.quant.ranged.at_timestep(params, t)"
+        )
+    if isinstance(kernel, ShardedKernel):
+        return sharded_linear(linear, x, kernel, bias, residual=residual, **named)
+    y = _linear(join(x), kernel, bias, before, gate, residual)
+    return y if parts is None else cut(y, parts)
 
 
 def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) -> Array:
@@ -98,7 +119,21 @@ def over_tokens(vectors: Float[Array, "b ... k"], x: Float[Array, "b ... t k"]) 
 
 def logical_shape(kernel) -> tuple[int, ...]:
     """Shape of the floating array a parameter stands for: (k, n) for a QTensor's stored (n, k)."""
+    if isinstance(kernel, ShardedKernel):
+        kernel = kernel.kernel
     return kernel.shape[::-1] if isinstance(kernel, QTensor) else kernel.shape
+
+
+def _linear(x, kernel, bias, before, gate, residual):
+    if isinstance(kernel, FakeQuantKernel):
+        return _fake_linear(x, kernel, bias, before, gate, residual)
+    if isinstance(kernel, QTensor):
+        return _quantized_linear(x, kernel, bias, before, gate, residual)
+    if isinstance(kernel, TransformedKernel):
+        dtype = x.dtype
+        x = _transformed(x, kernel.mask, kernel.rotation, before).astype(dtype)
+        kernel, before = kernel.kernel, None
+    return _float_linear(x, kernel, bias, before, gate, residual)
 
 
 def _add_branch(x, kernel: LoraKernel, before, gate, residual):
@@ -187,22 +222,14 @@ def _quantized_rows(x, weight: QTensor, before) -> QuantizedRows:
     assert weight.act_bits is not None
     mask, rotation = weight.mask, weight.rotation
     if weight.act_scale is not None:
-        return _static_rows(_transformed(x, mask, rotation, before), weight)
+        rows = _transformed(x, mask, rotation, before)
+        finite = jnp.isfinite(rows).all(axis=-1, keepdims=True)
+        return static_rows(rows, weight.act_bits, weight.act_scale, finite)
     if rotation is not None and rotation not in ROTATIONS:
         rows = _transformed(x, mask, rotation, before)
         return api.quantize_rows(rows, weight.act_bits)
     quantize = api.quantize_rows if before is None else before.quantize_rows
     return quantize(x, weight.act_bits, mask, rotation)
-
-
-def _static_rows(x, weight: QTensor) -> QuantizedRows:
-    """Rows by a scale that was fixed before: what is beyond the largest code is clipped."""
-    assert weight.act_bits is not None and weight.act_scale is not None
-    qmax = 2 ** (weight.act_bits - 1) - 1
-    codes = jnp.clip(jnp.round(x / weight.act_scale), -qmax, qmax).astype(jnp.int8)
-    finite = jnp.isfinite(x).all(axis=-1, keepdims=True)
-    scale = jnp.where(finite, weight.act_scale, jnp.nan)  # damage shows, as it does per token
-    return QuantizedRows(codes, scale, jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32))
 
 
 def _transformed(x, mask, rotation, before) -> Float32[Array, "... k"]:

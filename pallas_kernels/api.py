@@ -100,6 +100,20 @@ def modulate_quantize_rows(
     return dispatch(kernel, plain, implementation, x, shift, scale, mask)
 
 
+def quantize_split_rows(
+    x: Float[Array, "... k/d"],
+    bits: int,
+    axis_name: str,
+    mask: Float32[Array, "k/d"] | None = None,
+    rotation: int | None = None,
+) -> QuantizedRows:
+    """`quantize_rows` of rows split over devices; see `reference_rows.quantize_split_rows`.
+
+    On every platform in plain XLA: a kernel's one pass cannot wait for the other devices.
+    """
+    return reference_rows.quantize_split_rows(x, bits, axis_name, mask, rotation)
+
+
 def _rows(op, x, bits, mask, rotation, implementation) -> QuantizedRows:
     reference_rows.check_rows(x, bits, mask, rotation)
 

@@ -98,6 +98,36 @@ def gelu_quantize_rows(
     return _quantized(y, bits, mask, rotation)
 
 
+def quantize_split_rows(
+    x: Float[Array, "... k/d"],
+    bits: int,
+    axis_name: str,
+    mask: Float32[Array, "k/d"] | None = None,
+    rotation: int | None = None,
+) -> QuantizedRows:
+    """A device's share of `quantize_rows` of rows that are split over the devices of a mesh axis.
+
+    The scale is that of the whole row, so the codes are those one device would find; the sums are
+    those of the share. For a program in `jax.shard_map`.
+
+    Args:
+        x: the share.
+        bits: 2 to 8.
+        axis_name: the mesh axis.
+        mask: this share's channels of it; see `quantize_rows`.
+        rotation: its blocks must lie within shares; see `quantize_rows`.
+
+    Raises:
+        ValueError: see `check_rows`.
+    """
+    check_rows(x, bits, mask, rotation)
+    prepared = _prepared(x.astype(jnp.float32), mask, rotation)
+    # a maximum over devices may drop NaN as one over channels does: it goes as infinity
+    peak = _peaks(prepared)
+    peak = jax.lax.pmax(jnp.where(jnp.isnan(peak), jnp.inf, peak), axis_name)
+    return _codes(prepared, peak, bits)
+
+
 def rotate(x: Float32[Array, "... k"], rotation: int) -> Float32[Array, "... k"]:
     """`x @ blockdiag(H, H, ...) / sqrt(rotation)`: orthogonal and its own inverse.
 
@@ -158,14 +188,24 @@ def check_modulate(x, shift, scale) -> None:
 
 
 def _quantized(x32, bits, mask, rotation) -> QuantizedRows:
+    x32 = _prepared(x32, mask, rotation)
+    return _codes(x32, _peaks(x32), bits)
+
+
+def _prepared(x32, mask, rotation):
     if mask is not None:
         x32 = x32 * mask
-    if rotation is not None:
-        x32 = rotate(x32, rotation)
-    qmax = 2 ** (bits - 1) - 1
+    return x32 if rotation is None else rotate(x32, rotation)
+
+
+def _peaks(x32):
     peak = jnp.max(jnp.abs(x32), axis=-1, keepdims=True)
     # XLA:CPU's max drops NaN on rows of 2048 and more
-    peak = jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, peak)
+    return jnp.where(jnp.isnan(x32).any(axis=-1, keepdims=True), jnp.nan, peak)
+
+
+def _codes(x32, peak, bits) -> QuantizedRows:
+    qmax = 2 ** (bits - 1) - 1
     scale = peak * jnp.float32(1 / qmax)
     # zeros, and what is as good as zero: a denormal scale, which hardware may flush, has no inverse
     scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1.0, scale)

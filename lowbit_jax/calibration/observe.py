@@ -21,6 +21,7 @@ from jaxtyping import Array, Float32, Int32
 
 from lowbit_jax.models.layers import BlockStack, Linear
 from lowbit_jax.quant.stacks import is_stack
+from lowbit_jax.sharding.parts import join
 
 NAME = "calibration"  # under which a Linear's readings are sown
 
@@ -127,9 +128,9 @@ def _layers(stacks: list[tuple[str, int]], path: str) -> list[str]:
     return paths
 
 
-def _input(module: Linear, x, *, before=None, gate=None, residual=None):
+def _input(module: Linear, x, *, before=None, **after):
     """What `module` would quantise: all in float32 but for what its dtype did to `x` before."""
-    x = x.astype(module.dtype).astype(jnp.float32)
+    x = join(x).astype(module.dtype).astype(jnp.float32)
     if before is None:
         return x
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), before)(x)

@@ -43,10 +43,9 @@ from lowbit_jax.distill.activations import (
 from lowbit_jax.distill.split import split
 from lowbit_jax.distill.train import Fit, Options, fit
 from lowbit_jax.distill.trajectories import Trajectories, shuffled
-from lowbit_jax.quant.compensate import Feedback, quantize_with_feedback
-from lowbit_jax.quant.recipe import Recipe
+from lowbit_jax.quant.recipe import Feedback, Recipe
 from lowbit_jax.quant.stacks import Tree
-from lowbit_jax.quant.transform import decide
+from lowbit_jax.quant.transform import decide, quantize
 
 FEEDBACK = Feedback()
 CODES = r".*(/kernel/(growth|weight)|/bias|_norm/scale)"  # names within one block
@@ -141,7 +140,7 @@ def feedback_blocks(
     folder: Path | None = None,
     progress: Callable[[str], object] = lambda block: None,
 ) -> dict[str, Any]:
-    """`quantize_with_feedback` block by block, each on what the quantised blocks before it give.
+    """`quantize` with feedback, block by block, each on what the quantised blocks before it give.
 
     Args:
         run: what is run.
@@ -156,7 +155,7 @@ def feedback_blocks(
 
     Raises:
         ValueError: a recipe that treats linears outside the stacks, and as `reconstruct`.
-        FeedbackError, RecipeError, NonFiniteError: see `quantize_with_feedback`.
+        RecipeError, NonFiniteError, ValueError: see `quantize`.
     """
     chosen, out = decide(params, recipe), dict(params)
     makers = stacks_of(run, params, data.batch(0, 2, 0))
@@ -176,7 +175,8 @@ def feedback_blocks(
                 if rule is not None
             ]
             own = dataclasses.replace(recipe, rules=tuple(rules))
-            tree = quantize_with_feedback(tree, own, _grams(block, tree, student, rows), options)
+            grams = _grams(block, tree, student, rows)
+            tree = quantize(tree, own.with_feedback(options), grams=grams)
             done.append(tree)
             student = advance(block, tree, student, store, f"student-{layer}")
             progress(prefix.rstrip("/"))

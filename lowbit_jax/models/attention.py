@@ -6,6 +6,7 @@ Shape letters: b batch, t tokens, s tokens of a context, k width, h heads, d hea
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,11 +126,12 @@ def _full_attention(q, k, v, mask):
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-def split_heads(qkv: Float[Array, "b t k3"], heads: int) -> tuple[Array, Array, Array]:
-    """Split fused `[q, k, v]`, each laid out (head, dim), into three (b, t, h, d)."""
-    b, t, _ = qkv.shape
-    q, k, v = jnp.moveaxis(qkv.reshape(b, t, 3, heads, -1), 2, 0)
-    return q, k, v
+def split_heads(
+    parts: Sequence[Float[Array, "*b t k"]], heads: int
+) -> tuple[Float[Array, "b t h d"], ...]:
+    """Each of queries, keys, values, laid out (head, dim), as (b, t, h, d)."""
+    b = parts[0].shape[:-2]
+    return tuple(x.reshape(math.prod(b), x.shape[-2], heads, -1) for x in parts)
 
 
 class SelfAttention(nn.Module):
@@ -160,8 +162,8 @@ class SelfAttention(nn.Module):
         `before` comes before the first product, `gate` and `residual` after the last: see `Linear`.
         """
         width = x.shape[-1]
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
-        q, k, v = split_heads(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")
+        q, k, v = split_heads(qkv(x, before=before, parts=3 * (width,)), self.heads)
         if self.qk_norm:
             q, k = RMSNorm(self.dtype, name="q_norm")(q), RMSNorm(self.dtype, name="k_norm")(k)
         if angles is not None:
@@ -188,7 +190,7 @@ class CrossAttention(nn.Module):
         """Attend to the context's tokens that `mask` allows; `residual` is added to the result."""
         b, t, width = x.shape
         q = Linear(width, dtype=self.dtype, name="q_linear")(x).reshape(b, t, self.heads, -1)
-        kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")(context)
-        k, v = jnp.moveaxis(kv.reshape(b, -1, 2, *q.shape[2:]), 2, 0)
+        kv = Linear(2 * width, dtype=self.dtype, name="kv_linear")
+        k, v = (part.reshape(b, -1, *q.shape[2:]) for part in kv(context, parts=2 * (width,)))
         out = attention(q, k, v, mask).reshape(x.shape)
         return Linear(width, dtype=self.dtype, name="proj")(out, residual=residual)

@@ -7,6 +7,7 @@ k width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -127,7 +128,8 @@ class SelfAttention(nn.Module):
 
     def heads(self, x: Float[Array, "b t k"], before: AdaLN):
         """q, k, v of one stream, each (b, t, h, d); q and k normalised."""
-        q, k, v = split_heads(self.qkv(x, before=before), self.config.num_heads)
+        parts = 3 * (self.config.hidden_size,)
+        q, k, v = split_heads(self.qkv(x, before=before, parts=parts), self.config.num_heads)
         q, k = self.norm(q, k)
         return q, k, v
 
@@ -161,10 +163,11 @@ class DoubleBlock(nn.Module):
         self.img_attn, self.txt_attn = (SelfAttention(self.config, self.dtype) for _ in range(2))
         self.img_mlp, self.txt_mlp = (MLP(self.config, self.dtype) for _ in range(2))
 
-    def __call__(self, img, txt, vec, angles):
+    def __call__(self, img, txt, vec, angles, modulation=None):
         """Update (img, txt); text tokens come first in the joint sequence."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_mod, txt_mod = modulation or (self.img_mod(vec), self.txt_mod(vec))
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = img_mod
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod
         img_heads = self.img_attn.heads(img, AdaLN(img_shift1, img_scale1))
         txt_heads = self.txt_attn.heads(txt, AdaLN(txt_shift1, txt_scale1))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(txt_heads, img_heads, strict=True))
@@ -185,17 +188,16 @@ class SingleBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x, vec, angles):
+    def __call__(self, x, vec, angles, modulation=None):
         """Update the joint sequence; returns a 1-tuple (the carry of the stack)."""
         width, mlp = self.config.hidden_size, self.config.mlp_size
-        shift, scale, gate = Modulation(3, self.dtype, name="modulation")(vec)
-        hidden = Linear(3 * width + mlp, dtype=self.dtype, name="linear1")(
-            x, before=AdaLN(shift, scale)
-        )
-        qkv, hidden = jnp.split(hidden, [3 * width], axis=-1)
+        shift, scale, gate = modulation or Modulation(3, self.dtype, name="modulation")(vec)
+        linear1 = Linear(3 * width + mlp, dtype=self.dtype, name="linear1")
+        parts = (*3 * (width,), mlp)
+        *qkv, hidden = linear1(x, before=AdaLN(shift, scale), parts=parts)
         q, k, v = split_heads(qkv, self.config.num_heads)
         q, k = QKNorm(self.dtype, name="norm")(q, k)
-        merged = jnp.concatenate([rotary_attention(q, k, v, angles), gelu_tanh(hidden)], axis=-1)
+        merged = rotary_attention(q, k, v, angles), gelu_tanh(hidden)
         out = Linear(width, dtype=self.dtype, name="linear2")
         return (out(merged, gate=gate, residual=x),)
 
@@ -207,14 +209,35 @@ class FinalLayer(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, img, vec):
+    def __call__(self, img, vec, modulation=None):
         """Velocity of every image token."""
-        width = self.config.hidden_size
-        mod = Linear(2 * width, dtype=self.dtype, name="adaLN_modulation")(nn.silu(vec))
-        shift, scale = jnp.split(mod, 2, axis=-1)
+        if modulation is None:
+            width = 2 * self.config.hidden_size
+            mod = Linear(width, dtype=self.dtype, name="adaLN_modulation")(nn.silu(vec))
+            modulation = jnp.split(mod, 2, axis=-1)
+        shift, scale = modulation
         return Linear(self.config.in_channels, dtype=self.dtype, name="linear")(
             img, before=AdaLN(shift, scale)
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Modulations:
+    """Shifts, scales and gates of all layers: all that FLUX makes of time, guidance, pooled text.
+
+    From `flux_modulation.modulations`, for many steps, with a leading axis of steps; one of them
+    is what a forward pass takes.
+
+    Attributes:
+        double: six vectors for the image stream and six for the text stream, in each double block.
+        single: three vectors, in each single block.
+        final: shift and scale of the last layer.
+    """
+
+    double: tuple[list[Float[Array, "*s l b k"]], list[Float[Array, "*s l b k"]]]
+    single: list[Float[Array, "*s l b k"]]
+    final: list[Float[Array, "*s b k"]]
 
 
 class FluxTransformer(nn.Module):
@@ -235,11 +258,12 @@ class FluxTransformer(nn.Module):
         self,
         img: Float[Array, "b i c"],
         txt: Float[Array, "b x context"],
-        timestep: Float[Array, "b"],
-        pooled: Float[Array, "b vec"],
+        timestep: Float[Array, "b"] | None,
+        pooled: Float[Array, "b vec"] | None,
         img_ids: Num[Array, "i 3"],
         txt_ids: Num[Array, "x 3"],
         guidance: Float[Array, "b"] | None = None,
+        modulations: Modulations | None = None,
     ) -> Float[Array, "b i c"]:
         """Velocity dx/dt of the flow at `timestep`.
 
@@ -251,24 +275,26 @@ class FluxTransformer(nn.Module):
             img_ids: token positions, see `image_ids`.
             txt_ids: text positions, see `text_ids`.
             guidance: distilled guidance scale (such as 3.5); exactly when `config.guidance_embed`.
+            modulations: in place of timestep, pooled and guidance, which are None then: what
+                `flux_modulation.modulations` made of them. The parameters of the embedders and
+                modulations are not read and may be missing.
 
         Raises:
-            ValueError: if guidance is missing or unexpected.
+            ValueError: if guidance is missing or unexpected, or modulations come with what they
+                stand for.
         """
-        config = self.config
-        if (guidance is not None) != config.guidance_embed:
-            word = "needs" if config.guidance_embed else "has no embedder for"
-            raise ValueError(
-                f"this FLUX {word} `guidance` (guidance_embed={config.guidance_embed})"
-            )
+        config, vec = self.config, None
+        if modulations is None:
+            if timestep is None or pooled is None:
+                raise ValueError("give timestep and pooled, or modulations")
 
-        def embed(x, name):
-            return MLPEmbedder(config.hidden_size, self.dtype, name=name)(x.astype(self.dtype))
+            def embed(x, name):
+                return MLPEmbedder(config.hidden_size, self.dtype, name=name)(x.astype(self.dtype))
 
-        vec = embed(timestep_embedding(timestep, TIME_DIM), "time_in")
-        if guidance is not None:
-            vec = vec + embed(timestep_embedding(guidance, TIME_DIM), "guidance_in")
-        vec = vec + embed(pooled, "vector_in")
+            vec = condition(config, embed, timestep, pooled, guidance)
+        elif not (timestep is None and pooled is None and guidance is None):
+            raise ValueError("modulations stand for timestep, pooled and guidance: those are None")
+        given = modulations or Modulations(None, None, None)  # type: ignore[arg-type]
         img = Linear(config.hidden_size, dtype=self.dtype, name="img_in")(img)
         txt = Linear(config.hidden_size, dtype=self.dtype, name="txt_in")(txt)
         ids = jnp.concatenate([jnp.asarray(txt_ids), jnp.asarray(img_ids)], axis=0)
@@ -278,10 +304,41 @@ class FluxTransformer(nn.Module):
         single = SingleBlock(config, self.dtype, parent=None)
         stack = partial(BlockStack, remat=self.remat)
         run_double = stack(lambda layer: double, config.depth, name="double_blocks")
-        img, txt = run_double((img, txt), vec, angles)
+        img, txt = run_double((img, txt), vec, angles, layers=given.double)
         run_single = stack(lambda layer: single, config.depth_single_blocks, name="single_blocks")
-        (joint,) = run_single((jnp.concatenate([txt, img], axis=1),), vec, angles)
-        return FinalLayer(config, self.dtype, name="final_layer")(joint[:, txt.shape[1] :], vec)
+        joint = jnp.concatenate([txt, img], axis=1)
+        (joint,) = run_single((joint,), vec, angles, layers=given.single)
+        final = FinalLayer(config, self.dtype, name="final_layer")
+        return final(joint[:, txt.shape[1] :], vec, given.final)
+
+
+def condition(
+    config: FluxConfig,
+    embed: Callable[[Float[Array, "..."], str], Float[Array, "..."]],
+    timestep: Float[Array, "*s b"],
+    pooled: Float[Array, "b vec"],
+    guidance: Float[Array, "b"] | None,
+) -> Float[Array, "*s b k"]:
+    """The vector that all modulations are made of: embedded time, guidance and pooled text, added.
+
+    Args:
+        config: sizes.
+        embed: runs the embedder of a name.
+        timestep: of one step, or of many.
+        pooled: pooled text vectors.
+        guidance: guidance scales.
+
+    Raises:
+        ValueError: if guidance is missing or unexpected.
+    """
+    if (guidance is not None) != config.guidance_embed:
+        word = "needs" if config.guidance_embed else "has no embedder for"
+        raise ValueError(f"this FLUX {word} `guidance` (guidance_embed={config.guidance_embed})")
+    time = timestep_embedding(timestep.reshape(-1), TIME_DIM)
+    vec = embed(time, "time_in").reshape(*timestep.shape, -1)
+    if guidance is not None:
+        vec = vec + embed(timestep_embedding(guidance, TIME_DIM), "guidance_in")
+    return vec + embed(pooled, "vector_in")
 
 
 def rotary_attention(q, k, v, angles) -> Float[Array, "b t k"]:

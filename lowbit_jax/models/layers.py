@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,24 +44,27 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "... k"],
+        x: Float[Array, "... k"] | tuple[Array, ...] | list[Array],
         *,
         before: ops.Before | None = None,
         gate: Float[Array, "b n"] | None = None,
         residual: Float[Array, "... n"] | None = None,
-    ) -> Float[Array, "... n"]:
+        parts: tuple[int, ...] | None = None,
+    ) -> Any:
         """`residual + gate * (before(x) @ kernel + bias)`; what is None is left out.
 
         Said here, and not around the layer, so that a quantised product can do it in one kernel.
+        An input, and an output, may be in parts: see `ops.linear`.
 
         Raises:
             ValueError: the stored kernel does not fit, with both shapes.
         """
-        k, n = x.shape[-1], self.features
+        k, n = ops.width(x), self.features
         kernel = self._leaf("kernel", nn.initializers.lecun_normal(), (k, n))
         bias = self._leaf("bias", nn.initializers.zeros, (n,)) if self.use_bias else None
-        x = x.astype(self.dtype)
-        return ops.linear(x, kernel, bias, before=before, gate=gate, residual=residual)
+        x = jax.tree.map(lambda part: part.astype(self.dtype), x)
+        after: dict[str, Any] = {"gate": gate, "residual": residual, "parts": parts}
+        return ops.linear(x, kernel, bias, before=before, **after)
 
     def _leaf(self, name: str, init: Callable, shape: tuple[int, ...]):
         """A parameter that may hold a QTensor (`self.param` alone rejects packed leaves)."""
@@ -138,6 +141,7 @@ class AdaLN:
     shift: Float[Array, "b ... k"]
     scale: Float[Array, "b ... k"]
     eps: float = field(default=1e-6, metadata={"static": True})
+    elementwise: ClassVar[bool] = False  # a norm is of whole rows
 
     def __call__(self, x: Float[Array, "b ... t k"]) -> Float[Array, "b ... t k"]:
         """In floating point."""
@@ -163,6 +167,8 @@ class AdaLN:
 @dataclass(frozen=True)
 class Gelu:
     """`gelu_tanh` before a product: `Linear(...)(hidden, before=Gelu())`."""
+
+    elementwise: ClassVar[bool] = True
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """In floating point."""
@@ -247,8 +253,12 @@ class BlockStack(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, carry: tuple, *constants) -> tuple:
-        """Run `carry` through all layers; `constants` are the same for each."""
+    def __call__(self, carry: tuple, *constants, layers: Any = None) -> tuple:
+        """Run `carry` through all layers; `constants` are the same for each.
+
+        `layers` is a tree of what each has of its own, stacked along a leading layer axis; a block
+        gets its entry behind the constants.
+        """
         if self.length == 0:
             return carry
         blocks = [self.make_block(layer) for layer in range(self.length)]
@@ -261,12 +271,14 @@ class BlockStack(nn.Module):
 
         for first in sorted(segments, key=int):
 
-            def step(carry, params, block=blocks[int(first)]):
-                out = block.apply({"params": params}, *carry, *constants, mutable=sown)
+            def step(carry, layer, block=blocks[int(first)]):
+                params, *own = layer
+                out = block.apply({"params": params}, *carry, *constants, *own, mutable=sown)
                 return out if sown else (out, None)
 
             scanned = jax.checkpoint(step) if self.remat else step
-            carry, found = scan_layers(scanned, carry, segments[first])
+            stack = (segments[first], *_own_layers(layers, int(first), segments[first]))
+            carry, found = scan_layers(scanned, carry, stack)
             if found:
                 self.put_variable("intermediates", first, found["intermediates"])
         return carry
@@ -298,3 +310,11 @@ class BlockStack(nn.Module):
             at += length
         if at != self.length:
             raise ValueError(f"{path}: parameters hold {at} layers, the model has {self.length}")
+
+
+def _own_layers(layers: Any, first: int, segment: Any) -> tuple:
+    """What the layers of a segment have of their own; empty where none has."""
+    if layers is None:
+        return ()
+    length = jax.tree.leaves(segment)[0].shape[0]
+    return (jax.tree.map(lambda leaf: leaf[first : first + length], layers),)

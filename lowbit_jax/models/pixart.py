@@ -181,8 +181,8 @@ class CompressedAttention(nn.Module):
         if min(self.grid) < self.cell:
             raise ValueError(f"a picture of {self.grid} patches has no cell of {self.cell}")
         b, t, width = x.shape
-        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")(x, before=before)
-        q, *rest = jnp.split(qkv, 3, axis=-1)
+        qkv = Linear(3 * width, dtype=self.dtype, name="qkv")
+        q, *rest = qkv(x, before=before, parts=3 * (width,))
         kv = jnp.stack(rest).reshape(2, b, *self.grid, width)
         cells = CellMean(self.cell, self.dtype, name="sr")(kv)
         norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from lowbit_jax.models.dit import DiTTransformer
 from lowbit_jax.models.latte import LatteTransformer
+from lowbit_jax.quant.ranged import at_timestep
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import DIT_PUBLISHED, Guidance
 
@@ -49,7 +50,7 @@ def sample_latents(
         labels = guidance.double(labels, jnp.full_like(labels, model.config.num_classes))
 
     def denoise(x, timestep):
-        return model.apply({"params": params}, x, timestep, labels)
+        return model.apply({"params": at_timestep(params, timestep)}, x, timestep, labels)
 
     denoiser = denoise if scale is None else guidance.guide(denoise, scale)
     return loop.sample(denoiser, noise, steps, key=key, step_noise=step_noise)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from lowbit_jax.checkpoint import SavedModel, load, read_manifest
 from lowbit_jax.models.autoencoder_kl import restore
@@ -133,7 +133,11 @@ class FluxPipeline:
         """Whether the transformer takes a guidance scale, as FLUX.1-dev and not schnell."""
         return self.configs["transformer"].guidance_embed
 
-    def __call__(
+    def __call__(self, prompts: str | Sequence[str], **options: Any) -> list[Picture]:
+        """A picture of each prompt: all that `stream` gives."""
+        return list(self.stream(prompts, **options))
+
+    def stream(
         self,
         prompts: str | Sequence[str],
         *,
@@ -141,8 +145,10 @@ class FluxPipeline:
         noise: Float[Array, "b i c"] | None = None,
         progress: Progress = lambda stage, done, total: None,
         **options: Any,
-    ) -> list[Picture]:
-        """A picture of each prompt.
+    ) -> Iterator[Picture]:
+        """A picture of each prompt, each as soon as it is there.
+
+        With `sequential` that is when the latents of all of them are.
 
         Args:
             prompts: one or several.
@@ -157,20 +163,27 @@ class FluxPipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         chosen = self.settings(**options)
-        seeds = range(seed, seed + len(prompts))
-        if noise is None:
-            noises = (self.noise(number, chosen.height, chosen.width) for number in seeds)
-        else:
-            noises = (jnp.asarray(row)[None] for row in self._checked(noise, len(prompts), chosen))
+        if noise is not None:
+            self._check_noise(noise, len(prompts), chosen)
         texts = self.encode(prompts, chosen.max_length, progress)
-        latents = self._denoise(texts, noises, chosen, progress)
-        pixels = self._decode(latents, chosen, progress)
-        return [
-            Picture(
-                pixels=p, settings=self._describe(prompt, chosen, number if noise is None else None)
-            )
-            for p, prompt, number in zip(pixels, prompts, seeds, strict=True)
-        ]
+
+        def latents() -> Iterator[Array]:
+            for index, states in enumerate(texts):
+                if noise is None:
+                    start = self.noise(seed + index, chosen.height, chosen.width)
+                else:
+                    start = jnp.asarray(noise[index])[None]
+                done = index * chosen.steps, len(texts) * chosen.steps
+                yield self._denoise(states, start, chosen, done, progress)
+            self._release("transformer")
+
+        found = list(latents()) if self.sequential else latents()
+        for index, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
+            pixels = self._decode(tokens, chosen, progress)
+            progress("vae", index + 1, len(prompts))
+            settings = self._describe(prompt, chosen, None if noise is not None else seed + index)
+            yield Picture(pixels=pixels, settings=settings)
+        self._release("vae")
 
     def settings(
         self,
@@ -230,7 +243,7 @@ class FluxPipeline:
         Args:
             prompts: any number.
             max_length: tokens of T5.
-            progress: see `__call__`.
+            progress: see `stream`.
         """
         new = [p for p in dict.fromkeys(prompts) if (p, max_length) not in self._texts]
         if new:
@@ -244,8 +257,8 @@ class FluxPipeline:
                             f"{name} takes {length} tokens; of {prompt[:40]!r}... it does not see "
                             f"{rest!r}"
                         )
-            pooled = self._encode_all("text_encoder", _pooled, tokens[0].ids, progress)
-            states = self._encode_all("text_encoder_2", _states, tokens[1].ids, progress)
+            pooled = self._encode_all("text_encoder", pooled_vector, tokens[0].ids, progress)
+            states = self._encode_all("text_encoder_2", text_states, tokens[1].ids, progress)
             for prompt, *both in zip(new, pooled, states, strict=True):
                 self._texts[prompt, max_length] = TextStates(*both)
         return [self._texts[prompt, max_length] for prompt in prompts]
@@ -261,38 +274,36 @@ class FluxPipeline:
         return found
 
     def _denoise(
-        self, texts: list[TextStates], noises: Iterable, chosen: Settings, progress: Progress
-    ) -> list[Float32[Array, "1 i c"]]:
-        part = self._load("transformer", progress)
-        vae = self.configs["vae"]
-        side = PATCH * vae.pixels
-        grid = (chosen.height // side, chosen.width // side)
+        self,
+        texts: TextStates,
+        noise: Float[Array, "1 i c"],
+        chosen: Settings,
+        done: tuple[int, int],
+        progress: Progress,
+    ) -> Float32[Array, "1 i c"]:
+        """The tokens of one picture; `done` are the steps before it, and of all pictures."""
+        part, grid = self._load("transformer", progress), self._grid(chosen)
         steps = euler_steps(self._schedule.sigmas(chosen.steps, grid[0] * grid[1]))
         scale = None if chosen.guidance is None else jnp.full(1, chosen.guidance, jnp.float32)
-        done, total, latents = 0, len(texts) * chosen.steps, []
-        for states, noise in zip(texts, noises, strict=True):
-            x, _ = loop.start(noise, steps)
-            for index in range(chosen.steps):
-                now = jax.tree.map(lambda leaf, i=index: leaf[i], steps)
-                x = _step(part.model, part.params, x, states, now, scale, grid=grid)
-                done += 1
-                progress("transformer", done, total)
-                jax.block_until_ready(x)  # else the bar runs ahead, and so does an interrupt
-            latents.append(x)
-        self._release("transformer")
-        return latents
+        x, _ = loop.start(noise, steps)
+        for index in range(chosen.steps):
+            now = jax.tree.map(lambda leaf, i=index: leaf[i], steps)
+            x = sampler_step(part.model, part.params, x, texts, now, scale, grid=grid)
+            jax.block_until_ready(x)  # else the bar runs ahead, and so does an interrupt
+            progress("transformer", done[0] + index + 1, done[1])
+        return x
 
-    def _decode(self, latents: list, chosen: Settings, progress: Progress) -> list[np.ndarray]:
+    def _decode(
+        self, tokens: Float[Array, "1 i c"], chosen: Settings, progress: Progress
+    ) -> UInt8[np.ndarray, "Y X 3"]:
         part = self._load("vae", progress)
+        pixels = decoded(part.model, part.params, tokens, grid=self._grid(chosen))
+        return to_bytes(jax.device_get(pixels)[0])
+
+    def _grid(self, chosen: Settings) -> tuple[int, int]:
+        """Rows and columns of tokens."""
         side = PATCH * self.configs["vae"].pixels
-        grid = (chosen.height // side, chosen.width // side)
-        found = []
-        for index, tokens in enumerate(latents):
-            pixels = _pixels(part.model, part.params, tokens, grid=grid)
-            found.append(to_bytes(jax.device_get(pixels)[0]))
-            progress("vae", index + 1, len(latents))
-        self._release("vae")
-        return found
+        return chosen.height // side, chosen.width // side
 
     def _load(self, name: str, progress: Progress) -> _Part:
         if name not in self._parts:
@@ -311,13 +322,11 @@ class FluxPipeline:
         if self.sequential:
             self._parts.pop(name, None)
 
-    def _checked(self, noise: Any, prompts: int, chosen: Settings) -> Any:
-        side = PATCH * self.configs["vae"].pixels
-        tokens = (chosen.height // side) * (chosen.width // side)
-        wanted = (prompts, tokens, self.configs["transformer"].in_channels)
+    def _check_noise(self, noise: Any, prompts: int, chosen: Settings) -> None:
+        rows, columns = self._grid(chosen)
+        wanted = (prompts, rows * columns, self.configs["transformer"].in_channels)
         if np.shape(noise) != wanted:
             raise ValueError(f"noise has shape {np.shape(noise)}, these pictures need {wanted}")
-        return noise
 
     def _describe(self, prompt: str, chosen: Settings, seed: int | None) -> dict[str, str]:
         values = {
@@ -334,17 +343,19 @@ class FluxPipeline:
 
 
 @partial(jax.jit, static_argnames="model")
-def _pooled(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b k"]:
+def pooled_vector(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b k"]:
+    """CLIP's vector of each text."""
     return model.apply({"params": params}, ids)[1]
 
 
 @partial(jax.jit, static_argnames="model")
-def _states(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b t k"]:
+def text_states(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b t k"]:
+    """T5's states of each text, padding attended to."""
     return model.apply({"params": params}, ids)
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))
-def _step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, grid):
+def sampler_step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, grid):
     """One step of the sampler, compiled once for all of them."""
     ids = image_ids(*grid), text_ids(texts.states.shape[1])
 
@@ -356,7 +367,8 @@ def _step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, gri
 
 
 @partial(jax.jit, static_argnames=("model", "grid"))
-def _pixels(model, params, tokens, *, grid):
+def decoded(model, params, tokens, *, grid):
+    """The pixels, about in [-1, 1], of tokens on a grid, float32."""
     latents = restore(model.config, unpack(tokens, grid))
     return model.apply({"params": params}, latents, method="decode").astype(jnp.float32)
 

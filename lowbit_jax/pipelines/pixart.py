@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.models.pixart import PixArtTransformer
 from lowbit_jax.pipelines import captions
+from lowbit_jax.quant.ranged import at_timestep
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import PIXART
 
@@ -52,7 +53,9 @@ def sample_latents(
     conditions = size_conditions(model, len(caption[0]), noise.shape[2:])
 
     def denoise(x, timestep):
-        return model.apply({"params": params}, x, timestep, *caption, *conditions)
+        return model.apply(
+            {"params": at_timestep(params, timestep)}, x, timestep, *caption, *conditions
+        )
 
     denoiser = denoise if scale is None else PIXART.guide(denoise, scale)
     return loop.sample(denoiser, noise, steps)

@@ -13,6 +13,7 @@ from lowbit_jax.models.latte_t2v import LatteT2VTransformer
 from lowbit_jax.models.stdit import STDiTTransformer
 from lowbit_jax.models.stdit3 import STDiT3Transformer
 from lowbit_jax.pipelines import captions
+from lowbit_jax.quant.ranged import at_timestep
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.guidance import Guidance
 
@@ -84,7 +85,9 @@ def sample_latents(
         conditions["frame_mask"] = made if scale is None else guidance.double(made, made)
 
     def denoise(x, timestep):
-        return model.apply({"params": params}, x, timestep, *caption, **conditions)
+        return model.apply(
+            {"params": at_timestep(params, timestep)}, x, timestep, *caption, **conditions
+        )
 
     denoiser = denoise if scale is None else guidance.guide(denoise, scale)
     if made is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,7 +42,7 @@ class Request:
         segments: of all stacks together, at most; None: any number.
 
     Raises:
-        AllocationError: no budget, or two.
+        AllocationError: no budget, or two; an unknown scheme.
     """
 
     bytes: int | None = None
@@ -57,6 +57,8 @@ class Request:
             raise AllocationError(
                 f"bytes is {self.bytes} and mean_bits {self.mean_bits}: give one of them"
             )
+        if self.scheme not in get_args(Scheme):
+            raise AllocationError(f"scheme '{self.scheme}' is none of {get_args(Scheme)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from lowbit_jax.precision.sensitivity import Sensitivity, load_sensitivity
 from lowbit_jax.precision.units import METRICS, Unit, find_units
 from lowbit_jax.quant.fake import choose, fake_quantize
 from lowbit_jax.quant.recipe import WeightSpec
+from lowbit_jax.quant.stacks import iter_layers
 from lowbit_jax.samplers import loop
 
 # (samples of a candidate, those of the floating model) -> {metric: a score of each sample}
@@ -101,12 +102,14 @@ def scan(
         console: where the plan and a progress bar are shown; None for none.
 
     Raises:
-        ScanError: a file of another scan (names the setting), or one that is there without
+        ScanError: parameters that are quantised or transformed already (names the first); a file
+            of another scan (names the setting), or one that is there without
             `resume`; a metric that the scorer does not give; scores that are not finite, by
             candidate; samples of different shapes.
         ValueError: a sample's key does not fit the steps.
     """
     units = find_units(params, spec.metrics)
+    _check_floating(params)
     _check_shapes(samples)
     header = _header(spec, params, samples, units)
     check_begun(path, header, resume)
@@ -203,6 +206,16 @@ class _Sampler:
                 tree = candidate[0]
             state = self._step(tree, state, self._steps[i], sample.conditions, keys[i])
             yield state
+
+
+def _check_floating(params: Any) -> None:
+    """A recipe of an allocation neither balances nor rotates: it must be the same model."""
+    for path, kernel, _ in iter_layers(params):
+        if not isinstance(kernel, jax.Array | np.ndarray):
+            raise ScanError(
+                f"{path} is a {type(kernel).__name__}: scan the floating parameters, neither "
+                "quantised nor balanced or rotated"
+            )
 
 
 def _check_shapes(samples: Sequence[Sample]) -> None:

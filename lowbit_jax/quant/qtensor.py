@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int8, UInt8
 
 from lowbit_jax.quant import hadamard
 from pallas_kernels.formats import unpack_codes
+from pallas_kernels.rows import QuantizedRows
 
 LAYOUT_VERSION = 1  # of the byte layouts in pallas_kernels/packing.py
 
@@ -132,6 +133,22 @@ def transform_rows(
     if mask is not None:
         x = x * mask
     return x if rotation is None else hadamard.rotate(x, rotation)
+
+
+def static_rows(
+    x: Float32[Array, "... k"],
+    bits: int,
+    scale: Float32[Array, ""],
+    finite: Bool[Array, "... 1"],
+) -> QuantizedRows:
+    """Rows by a scale that was fixed before: what is beyond the largest code is clipped.
+
+    Rows that are not `finite` get a scale of NaN: damage shows, as it does per token.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    codes = jnp.clip(jnp.round(x / scale), -qmax, qmax).astype(jnp.int8)
+    sums = jnp.sum(codes, axis=-1, keepdims=True, dtype=jnp.int32)
+    return QuantizedRows(codes, jnp.where(finite, scale, jnp.nan), sums)
 
 
 def untransform(

@@ -10,61 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit_jax.quant.masks import checked_alpha
-from pallas_kernels.formats import FORMATS
+from lowbit_jax.quant.specs import Balance, Feedback, RecipeError, WeightSpec, is_positive
 
-INTEGER_QUANTIZERS = ("absmax", "minmax", "mse")
-TERNARY_QUANTIZERS = ("absmean", "twn", "least_squares")
-
-
-class RecipeError(ValueError):
-    """A recipe that is malformed, or that does not fit the model it is used on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightSpec:
-    """How a weight matrix is quantised.
-
-    Attributes:
-        format: key of `pallas_kernels.formats.FORMATS`.
-        quantizer: function of `lowbit_jax.quant.quantizers`: absmax (symmetric), minmax
-            (asymmetric) or mse for integers; absmean, twn or least_squares for ternary.
-        granularity: what shares a scale: "channel" (one output), "tensor", or a number of inputs.
-    """
-
-    format: str
-    quantizer: str
-    granularity: str | int = "channel"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise RecipeError(f"format '{self.format}' is none of {', '.join(FORMATS)}")
-        known = TERNARY_QUANTIZERS if self.format == "ternary" else INTEGER_QUANTIZERS
-        if self.quantizer not in known:
-            raise RecipeError(
-                f"quantizer '{self.quantizer}' of {self.format} is none of {', '.join(known)}"
-            )
-        if not (self.granularity in ("channel", "tensor") or _is_positive(self.granularity)):
-            raise RecipeError(
-                f"granularity {self.granularity!r} is neither 'channel', 'tensor' nor a group size"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Balance:
-    """How the channels of a linear's input are balanced with its weights; needs statistics.
-
-    Attributes:
-        alpha: SmoothQuant's, in [0, 1]: see `lowbit_jax.quant.masks`.
-    """
-
-    alpha: float
-
-    def __post_init__(self) -> None:
-        try:
-            checked_alpha(self.alpha)
-        except ValueError as error:
-            raise RecipeError(f"balance: {error}") from None
+__all__ = [
+    "RECIPES",
+    "Balance",
+    "Feedback",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "WeightSpec",
+    "load_recipe",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +59,16 @@ class Rule:
         """Whether statistics of the activations are needed."""
         return self.balance is not None or self.act_static
 
+    @property
+    def needs_grams(self) -> bool:
+        """Whether X^T X of the activations is needed."""
+        return self.weights is not None and self.weights.feedback is not None
+
+    @property
+    def chooses_alpha(self) -> bool:
+        """Whether the balance is chosen layer by layer."""
+        return self.balance is not None and self.balance.alpha == "auto"
+
     def __post_init__(self) -> None:
         if not isinstance(self.match, str):
             raise RecipeError(f"match {self.match!r} is not a string")
@@ -117,7 +84,7 @@ class Rule:
             type(self.act_bits) is int and 2 <= self.act_bits <= 8
         ):
             raise RecipeError(f"rule '{self.match}': act_bits {self.act_bits!r} outside 2..8")
-        if not (self.rotation in (None, "full", "auto") or _is_positive(self.rotation)):
+        if not (self.rotation in (None, "full", "auto") or is_positive(self.rotation)):
             raise RecipeError(
                 f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
                 "nor 'auto'"
@@ -125,6 +92,8 @@ class Rule:
         for name in ("act_static", "optional"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"rule '{self.match}': {name} is no boolean")
+        if self.chooses_alpha and self.weights is None:
+            raise RecipeError(f"rule '{self.match}': alpha 'auto' needs quantised weights")
         if self.act_static and (self.act_bits is None or self.rotation is not None):
             raise RecipeError(f"rule '{self.match}': act_static needs act_bits and no rotation")
 
@@ -157,7 +126,7 @@ class Recipe:
     @property
     def needs_statistics(self) -> bool:
         """Whether any rule needs statistics of the activations."""
-        return any(rule.needs_statistics for rule in self.rules)
+        return any(rule.needs_statistics or rule.needs_grams for rule in self.rules)
 
     def keeping(self, match: str) -> Recipe:
         """The same recipe, but kernels whose whole layer path matches stay in floating point.
@@ -167,6 +136,23 @@ class Recipe:
         """
         rules = (Rule(match=match, weights=None), *self.rules)
         return dataclasses.replace(self, name=f"{self.name} keeping {match}", rules=rules)
+
+    def rounded(self) -> Recipe:
+        """The same recipe without error feedback: it needs no X^T X."""
+        if not any(rule.needs_grams for rule in self.rules):
+            return self
+        return self._with(None, f"{self.name} rounded")
+
+    def with_feedback(self, settings: Feedback = Feedback()) -> Recipe:  # noqa: B008 (frozen)
+        """The same recipe with error feedback for all weights that it quantises."""
+        return self._with(settings, f"{self.name} with feedback")
+
+    def _with(self, settings: Feedback | None, name: str) -> Recipe:
+        def changed(rule: Rule) -> Rule:
+            weights = rule.weights and dataclasses.replace(rule.weights, feedback=settings)
+            return dataclasses.replace(rule, weights=weights)
+
+        return dataclasses.replace(self, name=name, rules=tuple(map(changed, self.rules)))
 
     def rule_for(self, layer: str) -> Rule | None:
         """The rule that decides for a layer path: the first that matches, None if none does."""
@@ -215,7 +201,11 @@ class Recipe:
         for number, item in enumerate(items):
             item = _fields(Rule, item, f"rule {number}")
             if item.get("weights") is not None:
-                spec = _fields(WeightSpec, item["weights"], f"rule {number}, weights")
+                where = f"rule {number}, weights"
+                spec = _fields(WeightSpec, item["weights"], where)
+                if isinstance(spec.get("feedback"), dict):
+                    settings = _fields(Feedback, spec["feedback"], f"{where}, feedback")
+                    spec["feedback"] = Feedback(**settings)
                 item["weights"] = WeightSpec(**spec)
             if item.get("balance") is not None:
                 item["balance"] = Balance(
@@ -223,10 +213,6 @@ class Recipe:
                 )
             rules.append(Rule(**item))
         return Recipe(**(fields | {"rules": tuple(rules)}))
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _fields(cls: type, data: Any, where: str) -> dict[str, Any]:
@@ -290,16 +276,25 @@ def _method(name: str, description: str, bits: str, weights: WeightSpec, **optio
     return _time_aware(f"{name}-{bits}", f"{description}, {bits.upper()}", int(bits[1]), rule)
 
 
-def _viditq(bits: str, alpha: float) -> Recipe:
-    balance = Balance(alpha=alpha)
+def _viditq(bits: str) -> Recipe:
+    """Masks chosen layer by layer; below 8 bits codes by error feedback, which needs X^T X."""
+    weights = _CHANNELS[int(bits[1])]
+    weights = dataclasses.replace(weights, feedback=bits != "w8a8")
     text = "ViDiT-Q: static mask, randomised Hadamard rotation, per token"
-    return _method("viditq", text, bits, _CHANNELS[int(bits[1])], balance=balance, rotation="auto")
+    balance = Balance(alpha="auto")
+    return _method("viditq", text, bits, weights, balance=balance, rotation="auto")
 
 
-def _viditq_mixed(alpha: float) -> Recipe:
+def _viditq_v1() -> Recipe:
+    """Two halves of the time, as v1 has them; its alphas, of late (low noise) and early steps."""
+    balance = Balance(alpha=(0.15, 0.075))
+    text = "ViDiT-Q v1: one mask for each half of the timesteps, per token"
+    return _method("viditq-v1", text, "w4a8", _INT4, balance=balance)
+
+
+def _viditq_mixed() -> Recipe:
     """ViDiT-Q's own tables as one: MLPs (v1, and v2 of PixArt) and first blocks (v2) at 8 bits."""
-    plain = _viditq("w4a8", alpha)
-    rest = plain.rules[-1]
+    rest = _viditq("w4a8").rules[-1]
     more = [
         dataclasses.replace(rest, match=match, weights=_INT8, optional=True)
         for match in (FIRST_BLOCKS, MLPS)
@@ -341,11 +336,12 @@ RECIPES = {
         ),
         _blocks("flux-1.58bit", "ternary weights per channel (exact least squares)", _TERNARY),
         _blocks("flux-1.58bit-a8", "ternary weights, int8 activations per token", _TERNARY, 8),
-        _viditq("w8a8", 0.25),
-        _viditq("w6a6", 0.25),
-        _viditq("w4a8", 0.01),
-        _viditq_mixed(0.01),
-        _viditq("w4a4", 0.25),
+        _viditq("w8a8"),
+        _viditq("w6a6"),
+        _viditq("w4a8"),
+        _viditq_mixed(),
+        _viditq("w4a4"),
+        _viditq_v1(),
         *sorted(_rivals(), key=lambda recipe: recipe.name),
     )
 }

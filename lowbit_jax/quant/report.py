@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, tree_bytes
+from lowbit_jax.quant.ranged import RangedKernel
 from pallas_kernels.formats import FORMATS
 
 OTHERS = "norms and tables"
@@ -100,6 +101,8 @@ def size_report(
 
 def describe(leaf: Any) -> str:
     """A leaf's storage in words, such as "int4 (4 bit) per group 128"."""
+    if isinstance(leaf, RangedKernel):
+        return f"{len(leaf.edges) - 1} timestep ranges of {describe(leaf.kernels)}"
     if not isinstance(leaf, QTensor):
         return str(leaf.dtype) + (_transforms(leaf) if isinstance(leaf, TransformedKernel) else "")
     if leaf.scale.shape[-1] > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from lowbit_jax.quant import hadamard
 from lowbit_jax.quant.lora import LoraKernel
-from lowbit_jax.quant.masks import over_runs
+from lowbit_jax.quant.masks import over_halves, over_runs
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, is_kernel
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
 from lowbit_jax.quant.stacks import (
     Tree,
@@ -26,10 +30,13 @@ from lowbit_jax.quant.stacks import (
     segments,
     slice_layers,
 )
+from lowbit_jax.quant.typical import typical_rows
 from lowbit_jax.quant.weights import Given, quantize_kernel, quantize_weight, treat_kernel
 
 if TYPE_CHECKING:  # calibration knows quantised trees
     from lowbit_jax.calibration.statistics import Statistics
+
+Grams = Mapping[str, Float[Any, "k k"]]
 
 __all__ = [
     "NonFiniteError",
@@ -48,7 +55,13 @@ class NonFiniteError(ValueError):
     """Weights with NaN or inf; the message names the parameters."""
 
 
-def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None) -> dict[str, Any]:
+def quantize(
+    params: Tree,
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    *,
+    grams: Grams | None = None,
+) -> dict[str, Any]:
     """Replace kernels as a recipe says: balanced, rotated, quantised, in this order.
 
     A kernel becomes a `QTensor`, or a `TransformedKernel` where the rule quantises nothing;
@@ -60,7 +73,9 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
     Args:
         params: parameter tree of any model here; kernels (k, n), or (l, k, n) inside stacks.
         recipe: what to do.
-        statistics: of the model's activations, for recipes that balance.
+        statistics: of the model's activations, for recipes that need them.
+        grams: X^T X of the inputs of layers by their paths, by any factor, instead of the
+            statistics'.
 
     Raises:
         RecipeError: a rule that decides nothing; a recipe that needs statistics without them.
@@ -70,12 +85,15 @@ def quantize(params: Tree, recipe: Recipe, statistics: Statistics | None = None)
         NonFiniteError: a NaN or inf in a kernel to be treated, unless the recipe keeps those.
             Not checked on traced arrays; there it makes scales, and so outputs, non-finite.
     """
-    treat = Treatment(decide(params, recipe, statistics), recipe, statistics)
+    treat = Treatment(decide(params, recipe, statistics, grams), recipe, statistics, grams)
     return map_stacks(params, treat.stack, treat.kernel)
 
 
 def decide(
-    params: Tree, recipe: Recipe, statistics: Statistics | None = None
+    params: Tree,
+    recipe: Recipe,
+    statistics: Statistics | None = None,
+    grams: Grams | None = None,
 ) -> dict[str, Rule | None]:
     """What is done to each layer path; None for those that stay as they are.
 
@@ -84,7 +102,7 @@ def decide(
     """
     chosen = recipe.assign(layer_paths(params))
     _check_unquantized(params, chosen)
-    check_statistics(recipe, chosen, statistics, params)
+    check_statistics(recipe, chosen, statistics, params, grams)
     return chosen | dict.fromkeys(_nonfinite_layers(params, chosen, recipe))
 
 
@@ -95,6 +113,7 @@ class Treatment:
     chosen: dict[str, Rule | None]
     recipe: Recipe
     statistics: Statistics | None
+    grams: Grams | None = None
 
     def kernel(self, path: tuple[str, ...], kernel):
         """The kernel of a linear outside the stacks."""
@@ -102,7 +121,9 @@ class Treatment:
         rule = self.chosen[layer]
         if rule is None:
             return kernel
-        return treat_kernel(kernel, rule, self.given(layer, kernel.shape[-2]))
+        if rule.needs_grams or rule.chooses_alpha:
+            return self._alone(layer, rule, kernel)
+        return self._treated(rule, kernel, self.given(layer, kernel.shape[-2]))
 
     def stack(self, path: tuple[str, ...], stack: Tree) -> dict[str, Any]:
         """A stack, cut where treatments change."""
@@ -122,10 +143,28 @@ class Treatment:
         rule = self.chosen[paths[0]]
         if rule is None:
             return kernel
+        if rule.needs_grams or rule.chooses_alpha:  # what they need is on the device one by one
+            at = lambda i: jax.tree.map(lambda leaf: leaf[i], kernel)  # noqa: E731
+            made = [self._alone(path, rule, at(i)) for i, path in enumerate(paths)]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
         given = [self.given(path, kernel.shape[-2]) for path in paths]
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *given)
         # one layer at a time: the temporaries of a quantiser are several times its input
-        return jax.lax.map(lambda layer: treat_kernel(layer[0], rule, layer[1]), (kernel, stacked))
+        return jax.lax.map(lambda layer: self._treated(rule, *layer), (kernel, stacked))
+
+    def _treated(self, rule: Rule, kernel, given: Given):
+        edges = () if self.statistics is None else self.statistics.ranges.edges
+        return _treated(kernel, given, rule, edges)
+
+    def _alone(self, path: str, rule: Rule, kernel):
+        """One kernel, as a program of its own."""
+        given = self.given(path, kernel.shape[-2])
+        edges = () if self.statistics is None else self.statistics.ranges.edges
+        # the same program for all layers of one shape
+        made = _treated_alone(kernel, given, dataclasses.replace(rule, match=""), edges)
+        if rule.needs_grams:
+            check_feedback(path, made)
+        return made
 
     def _signature(self, path: str) -> Any:
         """What two rules must share for their layers to be stacked."""
@@ -133,13 +172,25 @@ class Treatment:
         if rule is None:
             return None
         balanced = rule.balance is not None
-        return rule.weights, rule.act_bits, rule.act_static, balanced, rule.rotation
+        ranges = rule.balance and rule.balance.ranges
+        return rule.weights, rule.act_bits, rule.act_static, balanced, ranges, rule.rotation
 
     def given(self, path: str, k: int) -> Given:
         """What the rule of a layer needs beside the weights."""
         rule = self.chosen[path]
         assert rule is not None
-        return given_of(rule, path, k, self.recipe, self.statistics)
+        return given_of(rule, path, k, self.recipe, self.statistics, self.grams)
+
+
+def _treated(kernel, given: Given, rule: Rule, edges: tuple[float, ...]):
+    """One kernel; with a balance for each timestep range, one of each."""
+    if rule.balance is None or rule.balance.ranges is None:
+        return treat_kernel(kernel, rule, given)
+    each = [treat_kernel(kernel, rule, given.of_range(r)) for r in range(rule.balance.ranges)]
+    return RangedKernel(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), edges)
+
+
+_treated_alone = jax.jit(_treated, static_argnames=("rule", "edges"))
 
 
 def balance(
@@ -179,61 +230,138 @@ def rotate(
 
 
 def check_statistics(
-    recipe: Recipe, chosen: dict[str, Rule | None], statistics: Statistics | None, params: Tree
+    recipe: Recipe,
+    chosen: dict[str, Rule | None],
+    statistics: Statistics | None,
+    params: Tree,
+    grams: Grams | None = None,
 ) -> None:
     """That a recipe has the statistics it needs, and that they are this model's.
 
     Raises:
         RecipeError: there are none. StatisticsError: they are another model's.
     """
-    needing = [path for path, rule in chosen.items() if rule is not None and rule.needs_statistics]
-    if not needing:
-        return
-    if statistics is None:
+    rules = {path: rule for path, rule in chosen.items() if rule is not None}
+    needing = [path for path, rule in rules.items() if rule.needs_statistics]
+    if grams is None:
+        needing += [path for path, rule in rules.items() if rule.needs_grams]
+    if needing and statistics is None:
         raise RecipeError(
             f"recipe '{recipe.name}' needs statistics of the activations of {len(needing)} layers, "
             f"such as {needing[0]}: collect them with lowbit_jax.calibration and pass them "
             "(convert_and_quantize --stats FILE)"
         )
-    if _is_concrete(*jax.tree.leaves(statistics)):
+    if statistics is not None and needing and _is_concrete(*jax.tree.leaves(statistics)):
         statistics.check(params)
+    for path, kernel, _ in iter_layers(params):
+        rule = rules.get(path)
+        if rule is None:
+            continue
+        if rule.needs_grams:
+            gram, k = _gram_of(path, statistics, grams), kernel.shape[-2]
+            if gram is None:
+                raise RecipeError(
+                    f"recipe '{recipe.name}' needs X^T X of the inputs of {path}, and there is "
+                    "none: collect statistics with `grams`, a regular expression for such layers, "
+                    "or take recipe.rounded() (convert_and_quantize --no-feedback)"
+                )
+            if gram.shape != (k, k):
+                raise ValueError(f"{path}: X^T X has shape {gram.shape}, its input is {k} wide")
+        if statistics is None or rule.balance is None:
+            continue
+        if rule.balance.ranges not in (None, len(statistics.ranges)):
+            raise RecipeError(
+                f"recipe '{recipe.name}' has {rule.balance.ranges} alphas for {path}, the "
+                f"statistics {len(statistics.ranges)} timestep ranges: collect them with as many"
+            )
+
+
+def _gram_of(layer: str, statistics: Statistics | None, grams: Grams | None) -> Any:
+    if grams is not None:
+        return grams.get(layer)
+    found = None if statistics is None else statistics.layers.get(layer)
+    return None if found is None else found.gram
 
 
 def given_of(
-    rule: Rule, layer: str, k: int, recipe: Recipe, statistics: Statistics | None
+    rule: Rule,
+    layer: str,
+    k: int,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    grams: Grams | None = None,
 ) -> Given:
-    """What a layer's rule needs beside the weights."""
+    """What a layer's rule needs beside the weights; absmax and alpha of every range it balances."""
     absmax: Any = None
     alpha: Any = None
     if rule.needs_statistics:
         assert statistics is not None  # check_statistics
         absmax = over_runs(statistics.layers[layer].absmax)
-    if rule.balance is not None:
-        alpha = np.float32(rule.balance.alpha)
     rotates = rule.rotation is not None
     signs: Any = hadamard.signs(recipe.seed, layer, k) if rotates else None
-    return Given(absmax, alpha, signs)
+    if rule.balance is not None:
+        assert statistics is not None
+        alpha = None if rule.chooses_alpha else np.asarray(rule.balance.alpha, np.float32)
+        if rule.balance.ranges is not None:
+            absmax = over_halves(statistics.layers[layer].absmax)
+    gram: Any = None
+    if rule.needs_grams:
+        gram = _normalized(_gram_of(layer, statistics, grams))
+    rows: Any = None
+    if rule.chooses_alpha:
+        assert statistics is not None
+        rows = typical_rows(statistics.layers[layer], layer)
+    return Given(absmax, alpha, signs, gram, rows)
+
+
+def check_feedback(layer: str, made: Any) -> None:
+    """That error feedback found codes; not on traced arrays.
+
+    Raises:
+        ValueError: X^T X of the layer's inputs cannot be used.
+    """
+    tensor: Any = made.kernels if isinstance(made, RangedKernel) else made
+    scale = tensor.scale
+    if _is_concrete(scale) and not bool(jnp.isfinite(scale).all()):
+        raise ValueError(
+            f"{layer}: X^T X of its inputs is not positive definite even when damped; collect "
+            "statistics of more samples"
+        )
+
+
+def _normalized(gram) -> Any:
+    """Of mean diagonal 1, in float32: sums over many rows of large inputs may be beyond that."""
+    if not _is_concrete(gram):
+        return gram
+    mean = np.diagonal(gram).astype(np.float64).mean()
+    return (gram / mean if mean > 0 else gram).astype(np.float32)
 
 
 def dequantize(params: Tree, dtype=jnp.float32) -> dict[str, Any]:
     """The tree with every `QTensor` and `TransformedKernel` replaced by the kernel it stands for.
 
     That is (.., k, n), for inputs as they are.
+
+    Raises:
+        ValueError: kernels of timestep ranges; see `ranged.at_timestep`.
     """
 
     def restore(leaf):
+        if isinstance(leaf, RangedKernel):
+            raise ValueError("kernels of timestep ranges: take those of a time with `at_timestep`")
         if isinstance(leaf, TransformedKernel):
             return leaf.restore(dtype)
         return jnp.swapaxes(leaf.dequantize(dtype), -1, -2) if is_kernel(leaf) else leaf
 
-    return jax.tree.map(restore, params, is_leaf=is_kernel)
+    ends = lambda leaf: is_kernel(leaf) or isinstance(leaf, RangedKernel)  # noqa: E731
+    return jax.tree.map(restore, params, is_leaf=ends)
 
 
 def _check_unquantized(params: Tree, chosen: dict[str, Rule | None]) -> None:
     done = [
         path
         for path, kernel, _ in iter_layers(params)
-        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel)
+        if chosen[path] is not None and isinstance(kernel, QTensor | LoraKernel | RangedKernel)
     ]
     if done:
         raise ValueError(

@@ -154,13 +154,16 @@ def resources(notes: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def compile_program(fn: Callable, specs, target: Target) -> jax.stages.Compiled:
-    """Compiles fn(*specs) as it is, with Pallas kernels in it or without, for one GPU.
+def compile_program(
+    fn: Callable, specs, target: Target, mesh: jax.sharding.Mesh | None = None
+) -> jax.stages.Compiled:
+    """Compiles fn(*specs) as it is, with Pallas kernels in it or without, for one GPU or several.
 
     Nothing is tuned without a device, so XLA's own products are all cuBLAS's: its Triton form has
-    no default tile for some. Arguments and errors are those of `compile_kernels`.
+    no default tile for some. Arguments and errors are those of `compile_kernels`, and a mesh of
+    `described_devices`, on which specs lie as their `sharding` says, whole if they have none.
     """
-    mesh = _mesh(target)
+    mesh = _mesh(target) if mesh is None else mesh
     options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
     options["xla_gpu_cuda_data_dir"] = str(tool("ptxas").parents[1])
     with _mesh_context(mesh), quiet():
@@ -169,7 +172,11 @@ def compile_program(fn: Callable, specs, target: Target) -> jax.stages.Compiled:
 
 def _placed(specs, mesh: jax.sharding.Mesh) -> tuple:
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    placed = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole)  # noqa: E731
+
+    def placed(spec):
+        sharding = getattr(spec, "sharding", None)
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding or whole)
+
     return jax.tree.map(placed, tuple(specs))
 
 
@@ -201,17 +208,26 @@ def check_tools() -> None:
     tool("nvdisasm")
 
 
-@functools.cache
 def _mesh(target: Target) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(described_devices(target)), ("gpu",))
+
+
+@functools.cache
+def described_devices(target: Target, count: int = 1) -> tuple:
+    """Devices of one machine that need not be there: programs can be compiled for them.
+
+    Raises:
+        ToolError: as for `compile_kernels`.
+    """
     check_tools()
     from jax.experimental import topologies
 
     with quiet():
         jax.devices()  # starts the CPU backend and registers the CUDA compiler
         described = topologies.get_topology_desc(
-            target.name, platform="cuda", target_config=target.config(), topology="1x1x1"
+            target.name, platform="cuda", target_config=target.config(), topology=f"1x1x{count}"
         )
-    return jax.sharding.Mesh(np.array(described.devices), ("gpu",))
+    return tuple(described.devices)
 
 
 def _mesh_context(mesh: jax.sharding.Mesh):

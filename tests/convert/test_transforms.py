@@ -15,16 +15,19 @@ from convert.export import export_diffusers
 from convert.job import plan
 from convert.port import port
 from convert.statistics import save_statistics
+from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.calibration.statistics import StatisticsError
 from lowbit_jax.checkpoint import load
 from lowbit_jax.models.registry import read_config
 from lowbit_jax.quant import RECIPES, Balance, Recipe, Rule, quantize
 from lowbit_jax.quant.qtensor import TransformedKernel, is_kernel
+from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import RecipeError
 from tests.references.calibration import random_statistics
 from tests.references.dit_files import TINY, write_source
 
 CONFIG = dataclasses.replace(TINY, depth=1)
+HALVES = TimestepRanges((0, 500, 1000))
 FLOAT = Recipe(
     name="balanced and rotated",
     rules=(Rule(match=r"blocks/.*", weights=None, balance=Balance(alpha=0.3), rotation="full"),),
@@ -44,11 +47,25 @@ def params(source):
 @pytest.fixture(scope="module")
 def statistics(params, source):
     fields = port(source, dtype=jnp.float32).config
-    return random_statistics(params, config=json.dumps(fields))
+    found = random_statistics(params, config=json.dumps(fields), ranges=HALVES)
+    rng, layers = np.random.default_rng(3), {}
+    for name, layer in found.layers.items():
+        k = layer.absmax.shape[-1]
+        x = rng.standard_normal((2 * k, 5)) @ rng.standard_normal((5, k))
+        x += rng.standard_normal((2 * k, k))
+        layers[name] = dataclasses.replace(layer, gram=x.T @ x)
+    return dataclasses.replace(found, layers=layers)
 
 
 @pytest.mark.parametrize(
-    "recipe", [RECIPES["viditq-w4a8"], RECIPES["naive-w8a8"], FLOAT], ids=lambda r: r.name
+    "recipe",
+    [
+        pytest.param(RECIPES["viditq-w4a8"], marks=pytest.mark.slow),
+        pytest.param(RECIPES["viditq-v1-w4a8"], marks=pytest.mark.slow),
+        RECIPES["naive-w8a8"],
+        FLOAT,
+    ],
+    ids=lambda r: r.name,
 )
 def test_streamed_is_quantised_at_once(source, params, statistics, recipe):
     """Rows rotated some at a time have other last bits: codes may differ by one at a tie."""
@@ -58,15 +75,17 @@ def test_streamed_is_quantised_at_once(source, params, statistics, recipe):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         if a.dtype == jnp.uint8:
-            assert (np.asarray(a) != np.asarray(b)).mean() < 1e-3
+            # a tie that falls otherwise leads error feedback elsewhere
+            assert (np.asarray(a) != np.asarray(b)).mean() < 0.05
         else:
             size = max(1e-6, float(jnp.abs(b).max()))
             atol = 1 if a.dtype == jnp.int8 else 1e-5 * size
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=atol)
-    kernels = [k for k in jax.tree.leaves(found, is_leaf=is_kernel) if is_kernel(k)]
-    assert len(kernels) == 5
+    treated = lambda leaf: is_kernel(leaf) or isinstance(leaf, RangedKernel)  # noqa: E731
+    assert sum(map(treated, jax.tree.leaves(found, is_leaf=treated))) == 5
 
 
+@pytest.mark.slow
 def test_the_command_line_from_statistics_to_a_folder_and_back(
     tmp_path, source, params, statistics, capsys
 ):
@@ -98,9 +117,9 @@ def test_the_command_line_from_statistics_to_a_folder_and_back(
 
 def test_a_plan_counts_masks(source, statistics):
     with open_checkpoint(source) as checkpoint:
-        job = plan(checkpoint, RECIPES["viditq-w4a8"], statistics=statistics)
+        job = plan(checkpoint, RECIPES["smoothquant-w4a8"], statistics=statistics)
         sizes = job.sizes()
-    found = port(source, RECIPES["viditq-w4a8"], statistics=statistics)
+    found = port(source, RECIPES["smoothquant-w4a8"], statistics=statistics)
     assert sizes.after == sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
     kernels = [k for k in jax.tree.leaves(found.params, is_leaf=is_kernel) if is_kernel(k)]
     masks = sum(k.mask.nbytes for k in kernels if k.mask is not None)

@@ -65,6 +65,22 @@ def test_training_starts_from_the_quantised_model():
     assert moved[wrong].all() and not moved.all()
 
 
+def test_a_rotated_kernel_stays_rotated():
+    """Training sees the product of the rotated tensor, and starts from its codes."""
+    rng = np.random.default_rng(7)
+    kernel = jnp.asarray(rng.standard_normal((2, 8, 5)), jnp.float32)
+    params = {"blocks": {"0": {"lin": {"kernel": kernel}}}}
+    rule = dataclasses.replace(RECIPE.rules[0], rotation="full", act_bits=None)
+    quantized = quantize(params, dataclasses.replace(RECIPE, rules=(rule,)))
+    started = latent.latents(params, quantized)
+    jax.tree.map(np.testing.assert_array_equal, latent.tensors(started), quantized)
+    x = jnp.asarray(rng.standard_normal((4, 8)), jnp.float32)
+    node, tensor = (jax.tree.map(lambda leaf: leaf[1], kernel_of(t)) for t in (started, quantized))
+    np.testing.assert_allclose(
+        ops.linear(x, node.value()), ops.linear(x, tensor), rtol=1e-5, atol=1e-5
+    )
+
+
 def test_exact_scale_is_that_of_the_quantiser():
     params = tree(2)
     started = latent.latents(params, quantize(params, RECIPE), exact_scale=True)

@@ -118,6 +118,29 @@ def test_quantised_parts_in_any_mix(converted):
     assert found.settings["recipe of transformer"] == recipe
 
 
+def test_pictures_come_as_soon_as_they_are_there(converted):
+    """So that a batch that is cut off leaves those that were finished."""
+    pipeline, stages = FluxPipeline(converted("dev", *FLOAT)), []
+    note = lambda stage, done, total: stages.append((stage, done, total))  # noqa: E731
+    stream = pipeline.stream(
+        ["a cat", "a fox"], steps=3, max_length=MAX_LENGTH, progress=note, **SIZE
+    )
+    assert next(stream).settings["seed"] == "0"
+    assert stages[-2:] == [("loading vae", 1, 1), ("vae", 1, 2)]
+    assert [s for s in stages if s[0] == "transformer"] == [
+        ("transformer", i, 6) for i in (1, 2, 3)
+    ]
+    assert next(stream).settings["seed"] == "1" and stages[-1] == ("vae", 2, 2)
+    assert not list(stream)
+
+
+def test_inspect_shows_every_part(converted, capsys):
+    assert main(["inspect", str(converted("dev", *FLOAT)), "--verify"]) == 0
+    said = " ".join(capsys.readouterr().out.split())  # a console of 80 columns breaks lines
+    assert said.count("every tensor matches its digest") == 4
+    assert all(f": {model}, recipe 'float'" in said for model in ("t5", "flux", "autoencoder-kl"))
+
+
 def test_text_states_are_kept(converted, monkeypatch):
     """A prompt is encoded once, whatever else is asked for; what is cut off is told."""
     told = []

@@ -190,6 +190,8 @@ def test_too_small_a_budget_is_refused_with_the_smallest(found):
 def test_wrong_requests_are_refused(found, tmp_path):
     with pytest.raises(AllocationError, match="give one of them"):
         Request()
+    with pytest.raises(AllocationError, match="scheme 'best' is none of"):
+        Request(mean_bits=4.0, scheme="best")
     with pytest.raises(AllocationError, match="1 segments cannot be reached: .* has 2"):
         allocate(found, Request(mean_bits=12.0, segments=1))
     with pytest.raises(AllocationError, match="3 mean activation bits cannot be reached: 4 are"):

@@ -250,6 +250,14 @@ def test_a_scorer_that_does_not_fit_is_refused(params, tmp_path, scores, message
     assert not (tmp_path / "scan.jsonl").exists()
 
 
+def test_parameters_that_are_treated_already_are_refused(params, tmp_path):
+    rule = Rule(match="blocks/1/mlp/fc1", weights=MENU[1])
+    for recipe in (rule, dataclasses.replace(rule, weights=None, rotation="auto")):
+        tree = quantize(params, Recipe(name="r", rules=(recipe,)))
+        with pytest.raises(ScanError, match="blocks/1/mlp/fc1 is a (QTensor|TransformedKernel)"):
+            scan(spec(), tree, list(samples()), tmp_path / "scan.jsonl")
+
+
 def test_samples_of_several_shapes_are_refused(params, tmp_path):
     mixed = [*samples(1), *samples(1, batch=2)]
     with pytest.raises(ScanError, match="sample 1 has other shapes than the first"):

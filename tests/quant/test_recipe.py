@@ -1,5 +1,6 @@
 """Recipes as data: JSON there and back, precedence of rules, errors that name what is wrong."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from lowbit_jax.quant.recipe import (
     RECIPES,
     Balance,
+    Feedback,
     Recipe,
     RecipeError,
     Rule,
@@ -43,13 +45,13 @@ def test_named_recipes_survive_json(name):
 
 
 def test_every_field_survives_json(tmp_path):
-    spec = WeightSpec(format="int4", quantizer="mse", granularity=64)
+    spec = WeightSpec(format="int4", quantizer="mse", granularity=64, feedback=Feedback(refits=3))
     rules = (
         Rule(match="a/.*", weights=None),
         Rule(match="b", weights=spec, act_bits=6),
         Rule(match="d", weights=None, balance=Balance(alpha=0.25), rotation="full", optional=True),
         Rule(match="e", weights=spec, act_bits=8, rotation=128),
-        Rule(match="f", weights=spec, act_bits=8, balance=Balance(alpha=1), act_static=True),
+        Rule(match="f", weights=spec, act_bits=8, balance=Balance(alpha=(0.1, 0.2))),
         Rule(
             match="c", weights=WeightSpec(format="ternary", quantizer="twn", granularity="tensor")
         ),
@@ -106,9 +108,17 @@ def rule_json(weights=None, **fields):
         (rule_json(WEIGHTS, act_bits=1), "rule 'a': act_bits 1 outside 2..8"),
         (rule_json(WEIGHTS, act_bits="8"), "rule 'a': act_bits '8' outside 2..8"),
         (rule_json(WEIGHTS, act_bits=True), "rule 'a': act_bits True outside 2..8"),
+        (rule_json(WEIGHTS | {"feedback": 1}), "feedback 1 is neither settings nor a boolean"),
+        (rule_json(WEIGHTS | {"feedback": {"refits": 0}}), "refits from 1 are possible"),
+        (rule_json(WEIGHTS | {"feedback": {"damping": -1}}), "damping from 0 and"),
+        (rule_json(WEIGHTS | {"feedback": {"act_order": 1}}), "act_order 1 is no boolean"),
+        (rule_json(WEIGHTS | {"feedback": {"block": 1}}), r"feedback: unknown fields \['block'\]"),
         (rule_json(balance=0.5), "rule 0, balance: expected an object, found float"),
         (rule_json(balance={"alpha": 2}), "balance: alpha is 2, it lies in 0 to 1"),
-        (rule_json(balance={"alpha": "auto"}), "balance: alpha is 'auto', it lies in 0 to 1"),
+        (rule_json(balance={"alpha": [0.5, 2]}), "balance: alpha is 2, it lies in 0 to 1"),
+        (rule_json(balance={"alpha": []}), "balance: no alpha"),
+        (rule_json(balance={"alpha": "best"}), "balance: alpha is 'best', it lies in 0 to 1"),
+        (rule_json(balance={"alpha": "auto"}), "rule 'a': alpha 'auto' needs quantised weights"),
         (rule_json(balance={}), r"rule 0, balance: .*missing fields \['alpha'\]"),
         (rule_json(rotation="half"), "rule 'a': rotation 'half' is neither a block size"),
         (rule_json(rotation=0), "rule 'a': rotation 0 is neither a block size"),
@@ -217,3 +227,23 @@ def test_named_recipes_decide_every_linear_of_every_block_and_no_other(name):
 def test_an_optional_rule_may_decide_nothing():
     rules = (Rule(match="no/.*", weights=INT8, optional=True), Rule(match=".*", weights=INT8))
     assert all(Recipe(name="test", rules=rules).assign(LAYERS).values())
+
+
+def test_rounded_is_without_error_feedback():
+    named = RECIPES["viditq-w4a8"]
+    plain = named.rounded()
+    assert any(rule.needs_grams for rule in named.rules) and named.needs_statistics
+    assert not any(rule.needs_grams for rule in plain.rules)
+    assert plain.name == "viditq-w4a8 rounded" and plain.rounded() is plain
+    kept = [dataclasses.replace(rule, weights=None, act_bits=None) for rule in named.rules[:1]]
+    assert [dataclasses.replace(r, weights=None, act_bits=None) for r in plain.rules[:1]] == kept
+
+
+def test_feedback_may_be_said_by_a_boolean():
+    assert Recipe.from_json(rule_json(WEIGHTS | {"feedback": True})).rules[0].needs_grams
+    assert WeightSpec(**WEIGHTS, feedback=True) == WeightSpec(**WEIGHTS, feedback=Feedback())
+    assert WeightSpec(**WEIGHTS, feedback=False) == WeightSpec(**WEIGHTS)
+    again = RECIPES["w4a8"].with_feedback(Feedback(refits=2)).rules[0].weights
+    assert again == dataclasses.replace(
+        RECIPES["w4a8"].rules[0].weights, feedback=Feedback(refits=2)
+    )

@@ -123,7 +123,7 @@ def assert_recipes(model, config, in_blocks, outside):
             assert_method(name, rules, quantised)
 
 
-METHODS = r"(viditq|naive|smoothquant|quarot|qdit)-w(\d)a(\d)(-mp)?"
+METHODS = r"(viditq|viditq-v1|naive|smoothquant|quarot|qdit)-w(\d)a(\d)(-mp)?"
 
 
 def assert_method(name, rules, shapes):
@@ -145,7 +145,7 @@ def assert_method(name, rules, shapes):
         assert rule.weights.format == ("int8" if more else f"int{bits}")
         assert rule.act_bits == int(act_bits)
         assert rule.act_static == (method == "naive")
-        assert (rule.balance is not None) == (method in ("viditq", "smoothquant"))
+        assert (rule.balance is not None) == (method in ("viditq", "viditq-v1", "smoothquant"))
         assert (rule.rotation is not None) == (method in ("viditq", "quarot"))
         assert rule.weights.granularity == (128 if method == "qdit" else "channel")
         if rule.rotation is not None:

@@ -1,0 +1,1 @@
+"""One model on several devices: `shard(params, mesh, plan)`; see docs/sharding.md."""

@@ -25,6 +25,7 @@ from benchmarks.moving_nouns_model import (
     stdit_config,
 )
 from benchmarks.training import Task, TrainOptions, train
+from benchmarks.training_optim import OptimOptions
 from convert.minilm import load_minilm
 from lowbit_jax.evaluation import moving_nouns
 from lowbit_jax.evaluation.moving_nouns import Scene
@@ -35,11 +36,11 @@ from lowbit_jax.models.stdit import STDiTTransformer
 class Options(TrainOptions):
     """What to train and for how long."""
 
-    batch: int = 64
+    optim: tyro.conf.OmitArgPrefixes[OptimOptions] = OptimOptions(steps=2400, warmup=60)
+    batch: int = 32
     pool: int = 8192
     """Number of training captions."""
-    eval_every: int = 100
-    eval_captions: int = 64
+    eval_captions: int = 32
     hidden: int = 256
     heads: int = 4
     depth: int = 4

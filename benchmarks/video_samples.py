@@ -1,7 +1,7 @@
 """The shipped video model under recipes, same noise: `python -m benchmarks.video_samples`.
 
 Writes OUT/sheet.png (rows: exact clip, then recipes; columns: frames) and OUT/scores.json (every
-score of every clip), and prints the means with bootstrap intervals over the clips.
+score of every clip), and prints means and half of their 95 % bootstrap intervals over the clips.
 """
 
 from __future__ import annotations
@@ -131,9 +131,13 @@ def _table(scores: dict[str, dict[str, np.ndarray]]) -> Table:
     groups = {name: metric.group for name, metric in clip_scores.METRICS.items()}
     for name, group in (groups | {TO_FLOAT: "quality"}).items():
         found = (values.get(name) for values in scores.values())
-        cells = ["-" if x is None else str(mean_interval(x.astype(float))) for x in found]
-        table.add_row(group, name, *cells)
+        table.add_row(group, name, *("-" if x is None else _mean(x) for x in found))
     return table
+
+
+def _mean(values: np.ndarray) -> str:
+    mean, low, high = mean_interval(values.astype(float))
+    return f"{mean:.2f} ±{(high - low) / 2:.2f}"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent / "checkpoints"
 STEPS = 20
 IN_BLOCKS = r"[a-z_]*blocks/.*"  # linears whose X^T X error feedback needs
 GRID = (8, 8)  # latent patches of a 32x32 picture
-QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)  # ViDiT-Q's four ranges, of FLUX's time
+HALVES = (0.0, 0.5, 1.0)  # ViDiT-Q v1's ranges, of FLUX's time
 CLIPS = 16  # sampled at a time
 CALIBRATION_SEED = 7  # of its captions and noise; captions are of the training part of the split
 
@@ -87,7 +87,7 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
         drawn = nouns.sample_attrs(rng, amount.calibration, sprites.counts)
         txt, vectors = map(np.asarray, encode(nouns.caption(sprites, drawn), data["max_tokens"]))
         start = jax.random.normal(jax.random.key(CALIBRATION_SEED), (len(drawn), *shape))
-        run = flux_run(model, sigmas, TimestepRanges(QUARTERS), grid=GRID, grams=IN_BLOCKS)
+        run = flux_run(model, sigmas, TimestepRanges(HALVES), grid=GRID, grams=IN_BLOCKS)
         one = [
             flux_sample(start[i : i + 1], txt[i : i + 1], vectors[i : i + 1])
             for i in range(len(drawn))
@@ -134,7 +134,7 @@ def moving_nouns_subject(amount: Amount, console: Console | None = None) -> Subj
         run = video_run(
             model,
             SCHEDULE.steps(SAMPLE_STEPS, height=SIDE, width=SIDE, num_frames=1),
-            TimestepRanges(tuple(1000 * edge for edge in QUARTERS)),
+            TimestepRanges(tuple(1000 * edge for edge in HALVES)),
             guidance=OPENSORA_1_2,
             scale=GUIDANCE_SCALE,
             grams=IN_BLOCKS,

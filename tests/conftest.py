@@ -40,6 +40,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device (set JAX_PLATFORMS=cuda)"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let compiled programs go after every file: each takes memory and, on Linux, some of the
+    65,530 memory maps of a process; a worker that keeps those of all files dies of either."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def lower_for_cuda():
     """lower(f, *specs, **named): f for a CUDA device as StableHLO, Triton calls in it."""

@@ -237,7 +237,7 @@ CAPTION_KEYS_VALUES = r".*/cross_attn/kv_linear"
 
 
 # Linears inside blocks that make shifts, scales and gates of the time: one row for each sample.
-MODULATIONS = r"[a-z_]*blocks/\d+/(adaLN_modulation|(\w+_mod|modulation)/lin)"
+MODULATIONS = r"[a-z_]*blocks/\d+/(\w+/)?(adaLN_modulation|(\w+_mod|modulation)/lin)"
 MLPS = r"[a-z_]*blocks/\d+/(.*/)?(\w+_)?mlp/.*"
 FIRST_BLOCKS = r"[a-z_]*blocks/0/.*"
 

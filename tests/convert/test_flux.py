@@ -106,9 +106,13 @@ def test_both_layouts_without_config_give_the_same_tree(tmp_path, guidance):
 SINGLE = dataclasses.replace(TINY, depth=0)  # its k: 64, less than a group, and 320, 2.5 groups
 
 
+# those that need statistics: tests/convert/test_transforms.py
+WITHOUT_STATISTICS = [name for name, recipe in RECIPES.items() if not recipe.needs_statistics]
+
+
 @pytest.mark.parametrize(
     ("recipe", "dtype", "config"),
-    [pytest.param(name, np.float32, SINGLE, id=name) for name in RECIPES]
+    [pytest.param(name, np.float32, SINGLE, id=name) for name in WITHOUT_STATISTICS]
     + [pytest.param("w4a16", ml_dtypes.bfloat16, TINY, id="both-blocks-bf16")],
 )
 def test_quantising_on_the_way_is_quantising_the_ported_tree(tmp_path, recipe, dtype, config):

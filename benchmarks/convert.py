@@ -16,6 +16,7 @@ never the whole output, so it is the peak itself that must stay the same for a d
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -44,7 +45,10 @@ from convert.checkpoint_files import open_checkpoint
 from convert.job import plan
 from convert.registry import SOURCES
 from convert.safetensors import TensorSpec, write_sharded
+from convert.statistics import save_statistics
 from convert.table import Layout, expand
+from lowbit_jax.calibration.ranges import WHOLE
+from lowbit_jax.calibration.statistics import LayerStatistics, Statistics, layer_widths
 from lowbit_jax.checkpoint import iter_parts
 from lowbit_jax.models.dit import DiTConfig
 from lowbit_jax.models.flux import FluxConfig
@@ -56,6 +60,7 @@ from lowbit_jax.quant.transform import quantize
 FLUX_HEAD_DIM = 128  # the only one a checkpoint without a config.json may have
 DIT_HEAD_DIM = 72  # of DiT-XL
 SHARD_BYTES = 10 * 10**9
+STATISTICS = "statistics.safetensors"
 
 
 def _flux(hidden: int, blocks: tuple[int, ...]) -> FluxConfig:
@@ -162,7 +167,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=parent))
     try:
         write_synthetic(folder / "source", case, config)
-        result = convert(folder / "source", folder / "out", options.recipe)
+        statistics = write_statistics(folder, case, config)
+        result = convert(folder / "source", folder / "out", options.recipe, statistics)
     finally:
         if options.keep:
             print(f"kept {folder}")
@@ -174,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
 def check_disk(parent: Path, case: Case, config: Any, recipe: Recipe) -> None:
     """Say what will be written; raise `SystemExit` when it does not fit."""
     params = NETWORKS[case.network].abstract_params(config)
-    sizes = size_report(iter_parts(jax.eval_shape(partial(quantize, recipe=recipe), params)))
+    statistics = made_up_statistics(case, config) if recipe.needs_statistics else None
+    quantized = partial(quantize, recipe=recipe, statistics=statistics)
+    sizes = size_report(iter_parts(jax.eval_shape(quantized, params)))
     width = np.dtype(case.dtype).itemsize
     source = width * sum(math.prod(shape) for shape in case.tensors(config).values())
     need, free = 1.05 * (source + sizes.disk), shutil.disk_usage(parent).free
@@ -214,16 +222,53 @@ def write_synthetic(folder: Path, case: Case, config: Any) -> None:
         (folder / "config.json").write_text(json.dumps(describe(config)))
 
 
-def convert(source: Path, out: Path, recipe: str) -> Result:
-    """Run `python -m convert` and watch its memory.
+def made_up_statistics(case: Case, config: Any) -> Statistics:
+    """Of normal activations with a few large channels: what a recipe that balances asks for.
+
+    No time and no byte of a conversion depends on what they say.
+    """
+    rng = np.random.default_rng(0)
+
+    def layer(k: int) -> LayerStatistics:
+        deviation = np.exp(rng.normal(0, 0.7, (1, 1, k)))
+        rows = 10_000
+        return LayerStatistics(
+            absmax=(4 * deviation).astype(np.float32),
+            total=np.zeros((1, 1, k)),
+            squares=rows * deviation**2,
+            count=np.full((1, 1), rows, np.int64),
+        )
+
+    widths = layer_widths(NETWORKS[case.network].abstract_params(config))
+    return Statistics(
+        layers={path: layer(k) for path, k in widths.items()},
+        ranges=WHOLE,
+        halves=("all",),
+        model=case.network,
+        config=json.dumps(dataclasses.asdict(config), sort_keys=True),
+        samples=1,
+        digest="made up",
+    )
+
+
+def write_statistics(folder: Path, case: Case, config: Any) -> Path:
+    """The file of `made_up_statistics`."""
+    return save_statistics(folder / STATISTICS, made_up_statistics(case, config))
+
+
+def convert(source: Path, out: Path, recipe: str, statistics: Path | None = None) -> Result:
+    """Run `python -m convert` and watch its memory; `statistics` for a recipe that needs them.
 
     Raises:
         SystemExit: the conversion failed; its messages have been printed.
     """
+    stats = statistics if load_recipe(recipe).needs_statistics else None
     with open_checkpoint(source) as checkpoint:
         source_bytes = checkpoint.total_bytes
-        planned = plan(checkpoint, load_recipe(recipe)).peak_bytes()
+        planned = plan(checkpoint, load_recipe(recipe), statistics=stats).peak_bytes()
     command = [sys.executable, "-m", "convert", str(source), "--recipe", recipe, "--out", str(out)]
+    if stats is not None:
+        command += ["--stats", str(stats)]
     run = watch(command)
     return Result(
         seconds=run.seconds,

@@ -4,10 +4,11 @@
     python -m benchmarks.convert_flux --full    # all 19 + 38: 23.8 GB of source; says so first
 
 Writes a synthetic checkpoint (random weights, names and shapes as published, shards of 10 GB), then
-converts it with each recipe and, where their packages are installed, quantises it in PyTorch
-(`benchmarks.convert_rivals`), each in a process of its own, one after the other. One checkpoint and
-one result are on disk at a time. The time is the whole command's; see `benchmarks.convert`. A rival
-holds the whole model: one that memory has no room for is left out, and said.
+converts it with each recipe (statistics are made up for those that need them) and, where their
+packages are installed, quantises it in PyTorch (`benchmarks.convert_rivals`), each in a process of
+its own, one after the other. One checkpoint and one result are on disk at a time. The time is the
+whole command's; see `benchmarks.convert`. A rival holds the whole model: one that memory has no
+room for is left out, and said.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from rich.table import Table
 
 from benchmarks.convert import (
     CASES,
+    STATISTICS,
     Watched,
     check_disk,
     convert,
     folder_bytes,
     watch,
+    write_statistics,
     write_synthetic,
 )
 from benchmarks.convert_rivals import RIVALS
@@ -51,7 +54,7 @@ class Options:
     """Numbers of double and of single blocks, without --full."""
     hidden: int = 3072
     """Width, a multiple of 128."""
-    recipes: tuple[str, ...] = ("flux-1.58bit", "w8a8", "w4a8")
+    recipes: tuple[str, ...] = ("flux-1.58bit", "viditq-w8a8", "w8a8", "w4a8")
     """Named recipes or JSON files."""
     layouts: tuple[Literal["diffusers", "bfl"], ...] = ("diffusers", "bfl")
     """Namings of the checkpoint."""
@@ -91,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             console.print(f"writing {blocks[0]} + {blocks[1]} blocks, {layout} layout")
             write_synthetic(folder / "source", case, config)
+            write_statistics(folder, case, config)
             rows += _measure(folder, layout, options, console)
         finally:
             shutil.rmtree(folder)
@@ -117,12 +121,13 @@ def _disk_bits(recipe: str) -> float:
 
 def _measure(folder: Path, layout: str, options: Options, console: Console) -> list[Row]:
     source, out = folder / "source", folder / "out"
+    statistics = folder / STATISTICS
     with open_checkpoint(source) as checkpoint:
         size = checkpoint.total_bytes
     rows = []
     for recipe in options.recipes:
         console.print(f"converting with {recipe}")
-        result = convert(source, out, recipe)
+        result = convert(source, out, recipe, statistics)
         run = Watched(result.seconds, result.cpu_seconds, result.peak)
         rows.append(
             Row(layout=layout, name=recipe, ours=True, source=size, run=run, output=result.output)

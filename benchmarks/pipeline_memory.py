@@ -32,9 +32,11 @@ from rich.table import Table
 from lowbit_jax.models.autoencoder_kl import FLUX_VAE, AutoencoderConfig
 from lowbit_jax.models.clip_text import CLIP_L, ClipTextConfig
 from lowbit_jax.models.flux import FLUX_DEV, FluxConfig
+from lowbit_jax.models.flux_modulation import split_modulation
 from lowbit_jax.models.registry import MODELS
 from lowbit_jax.models.t5 import T5_XXL, T5Config
-from lowbit_jax.pipelines import flux_pipeline as pipeline
+from lowbit_jax.pipelines import flux_programs as programs
+from lowbit_jax.pipelines.flux_pipeline import MODULATION, TRANSFORMER, TextStates
 from lowbit_jax.pipelines.folder import FLUX
 from lowbit_jax.quant import RECIPES, quantize
 from lowbit_jax.quant.qtensor import tree_bytes
@@ -57,6 +59,8 @@ class Options:
     """Height and width."""
     tokens: int = 512
     """Of T5."""
+    steps: int = 28
+    """Of the sampler: their modulations are made before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,34 +103,46 @@ def stages(options: Options, sizes: Sizes | None = None) -> list[Stage]:
     sizes = sizes or Sizes()
     configs = dict(zip(FLUX.models, (sizes.clip, sizes.t5, sizes.flux, sizes.vae), strict=True))
     recipes = {"transformer": options.recipe, "text_encoder_2": options.text_recipe}
-    side = pipeline.PATCH * sizes.vae.pixels
+    side = programs.PATCH * sizes.vae.pixels
     grid = (options.pixels // side, options.pixels // side)
     shape, count = jax.ShapeDtypeStruct, grid[0] * grid[1]
     narrow = partial(shape, dtype=jnp.bfloat16)
     tokens = shape((1, count, sizes.flux.in_channels), jnp.float32)
-    texts = pipeline.TextStates(
+    texts = TextStates(
         pooled=narrow((1, sizes.flux.vec_in_dim)),
         states=narrow((1, options.tokens, sizes.flux.context_in_dim)),
     )
-    steps = euler_steps(FLUX_DEV_SCHEDULE.sigmas(1, count))
+    steps = euler_steps(FLUX_DEV_SCHEDULE.sigmas(options.steps, count))
     now = jax.tree.map(lambda leaf: shape((), leaf.dtype), steps)
+    times = shape((options.steps,), jnp.float32)
     scale = shape((1,), jnp.float32) if sizes.flux.guidance_embed else None
     positions = sizes.clip.max_position_embeddings
+    models = {name: MODELS[model] for name, model in FLUX.models.items()}
+    modules = {name: m.module(configs[name], jnp.bfloat16) for name, m in models.items()}
+    params = {}
+    for name, model in models.items():
+        floats = model.abstract_params(configs[name], jnp.bfloat16)
+        recipe = RECIPES[recipes.get(name, "float")]
+        params[name] = jax.eval_shape(partial(quantize, recipe=recipe), floats)
+    params[TRANSFORMER], params[MODULATION] = split_modulation(params[TRANSFORMER])
+    modules[MODULATION] = modules[TRANSFORMER]
+    made = partial(programs.step_modulations, modules[MODULATION])
+    given = jax.eval_shape(made, params[MODULATION], times, texts.pooled, scale)
+    one = jax.tree.map(lambda leaf: shape(leaf.shape[1:], leaf.dtype), given)
     calls: dict[str, tuple[Callable, tuple]] = {
-        "text_encoder": (pipeline.pooled_vector, (shape((1, positions), jnp.int32),)),
-        "text_encoder_2": (pipeline.text_states, (shape((1, options.tokens), jnp.int32),)),
-        "transformer": (partial(pipeline.sampler_step, grid=grid), (tokens, texts, now, scale)),
-        "vae": (partial(pipeline.decoded, grid=grid), (tokens,)),
+        "text_encoder": (programs.pooled_vector, (shape((1, positions), jnp.int32),)),
+        "text_encoder_2": (programs.text_states, (shape((1, options.tokens), jnp.int32),)),
+        MODULATION: (programs.step_modulations, (times, texts.pooled, scale)),
+        TRANSFORMER: (
+            partial(programs.sampler_step, grid=grid),
+            (tokens, texts.states, now, one),
+        ),
+        "vae": (partial(programs.decoded, grid=grid), (tokens,)),
     }
-    found = []
-    for part, (function, inputs) in calls.items():
-        model = MODELS[FLUX.models[part]]
-        floats = model.abstract_params(configs[part], jnp.bfloat16)
-        recipe = RECIPES[recipes.get(part, "float")]
-        params = jax.eval_shape(partial(quantize, recipe=recipe), floats)
-        run = partial(function, model.module(configs[part], jnp.bfloat16))
-        found.append(Stage(part=part, run=run, params=params, inputs=inputs))
-    return found
+    return [
+        Stage(part=part, run=partial(run, modules[part]), params=params[part], inputs=inputs)
+        for part, (run, inputs) in calls.items()
+    ]
 
 
 def need(stage: Stage, gpu: str) -> Need:

@@ -327,7 +327,7 @@ def _treat_leaf(
     if rule.balance is not None:  # a mask needs all rows before the first can be treated
         for piece in pieces:
             columns = np.maximum(columns, np.abs(piece).max(axis=0).astype(np.float32))
-    mask = mask_of(rule, jnp.asarray(columns), given, jnp.asarray(sample_of(array)))
+    mask = _mask_of(rule, columns, given, sample_of(array))
     rotation = rotation_of(rule, array.shape[1])
     static = static_scale(rule, given, mask)
     factor = factor_of(rule, given, mask, rotation)
@@ -366,6 +366,10 @@ def _float_bytes_at_once(leaf: Leaf, rule: Rule | None) -> int:
 def _gram_bytes(leaf: Leaf, rule: Rule | None) -> int:
     """Of X^T X, its factor and what is between them, float32, where a leaf needs them."""
     return 4 * 4 * leaf.shape[1] ** 2 if rule is not None and rule.needs_grams else 0
+
+
+# compiled once per shape: what `mask_of` maps over alphas would else be compiled for every layer
+_mask_of = jax.jit(mask_of, static_argnames="rule")
 
 
 @partial(jax.jit, static_argnames=("rule", "rotation", "dtype"))

@@ -23,6 +23,11 @@ EMBEDDERS = ("time_in", "guidance_in", "vector_in")
 LAYERS = ("img_mod", "txt_mod", "modulation", "adaLN_modulation")
 
 
+def is_modulation(path: str) -> bool:
+    """Whether a parameter of this path, or this end of one, is read by `modulations` alone."""
+    return any(key in EMBEDDERS or key in LAYERS for key in path.split("/"))
+
+
 def split_modulation(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """A parameter tree in two: what every step reads, and what only `modulations` does.
 
@@ -31,7 +36,7 @@ def split_modulation(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     steps: dict[str, Any] = {}
     once: dict[str, Any] = {}
     for key, value in params.items():
-        if key in EMBEDDERS or key in LAYERS:
+        if is_modulation(key):
             once[key] = value
         elif isinstance(value, Mapping) and key != "kernel":
             below = split_modulation(value)

@@ -20,22 +20,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
-from lowbit_jax.checkpoint import SavedModel, load, read_manifest
-from lowbit_jax.models.autoencoder_kl import restore
+from lowbit_jax.checkpoint import Part, SavedModel, load, read_manifest
 from lowbit_jax.models.clip_text import LEGACY_EOS
-from lowbit_jax.models.flux import image_ids, text_ids
+from lowbit_jax.models.flux import Modulations
+from lowbit_jax.models.flux_modulation import (
+    is_modulation,
+    modulation_bytes,
+    split_modulation,
+    step_of,
+)
 from lowbit_jax.models.patches import patches
 from lowbit_jax.models.registry import build, read_config
 from lowbit_jax.pipelines import folder as folders
 from lowbit_jax.pipelines import text
+from lowbit_jax.pipelines.flux_programs import (
+    PATCH,
+    decoded,
+    pooled_vector,
+    sampler_step,
+    step_modulations,
+    text_states,
+)
 from lowbit_jax.pipelines.picture import Picture, to_bytes
 from lowbit_jax.samplers import loop
 from lowbit_jax.samplers.flow_euler import FlowSchedule, euler_steps
 
-PATCH = 2  # rows and columns of latents of one token
 GUIDANCE = 3.5  # the usual one of FLUX.1-dev
+HELD = 10**9  # bytes of modulations that are held on the host, for pictures to come
+# the two trees that the transformer's folder holds, see `split_modulation`
+TRANSFORMER, MODULATION = "transformer", "modulation"
 
 Progress = Callable[[str, int, int], object]
 
@@ -75,7 +90,8 @@ class FluxPipeline:
 
     Parts may be float or quantised in any mix: what their kernels are decides. Pictures are made
     one after the other, so that each depends on its prompt and seed alone. Text states are kept,
-    one entry per prompt (4 MB for FLUX.1-dev in bfloat16).
+    one entry per prompt (4 MB for FLUX.1-dev in bfloat16). The modulations of all steps are made
+    before the first (2.1 MB a step), so the 27 % of the weights that make them are read once.
 
     Attributes:
         folder: the converted pipeline, see `lowbit_jax.pipelines.folder`.
@@ -95,7 +111,8 @@ class FluxPipeline:
 
         Args:
             folder: made by `convert_and_quantize` from a whole diffusers folder.
-            sequential: keep one part in memory at a time; each is read again for every call.
+            sequential: keep one part in memory at a time; each is read again for every call. The
+                layers that make the transformer's modulations are a part of their own.
             verify: compare the digests of all tensors when a part is loaded.
             report: told of what was cut off a prompt that is too long.
 
@@ -116,6 +133,7 @@ class FluxPipeline:
                     f"{self.folder / part}: holds {manifests[part]['model']}, not {model}"
                 )
         self.configs = {part: read_config(m["model"], m["config"]) for part, m in manifests.items()}
+        self._dtypes = {part: m.get("dtype", "bfloat16") for part, m in manifests.items()}
         self.recipes = {part: m["recipe"]["name"] for part, m in manifests.items()}
         if problems := folders.misfits(self.configs):
             raise folders.PipelineError(f"{self.folder}: {'; '.join(problems)}")
@@ -168,14 +186,19 @@ class FluxPipeline:
         texts = self.encode(prompts, chosen.max_length, progress)
 
         def latents() -> Iterator[Array]:
-            for index, states in enumerate(texts):
-                if noise is None:
-                    start = self.noise(seed + index, chosen.height, chosen.width)
-                else:
-                    start = jnp.asarray(noise[index])[None]
-                done = index * chosen.steps, len(texts) * chosen.steps
-                yield self._denoise(states, start, chosen, done, progress)
-            self._release("transformer")
+            group = self._group(chosen)
+            for first in range(0, len(texts), group):
+                some = texts[first : first + group]
+                made = [self._modulations(states, chosen, progress) for states in some]
+                self._release(MODULATION)
+                for index, (states, given) in enumerate(zip(some, made, strict=True), first):
+                    if noise is None:
+                        start = self.noise(seed + index, chosen.height, chosen.width)
+                    else:
+                        start = jnp.asarray(noise[index])[None]
+                    done = index * chosen.steps, len(texts) * chosen.steps
+                    yield self._denoise(states.states, given, start, chosen, done, progress)
+                self._release(TRANSFORMER)
 
         found = list(latents()) if self.sequential else latents()
         for index, (prompt, tokens) in enumerate(zip(prompts, found, strict=True)):
@@ -273,25 +296,44 @@ class FluxPipeline:
         self._release(name)
         return found
 
+    def _group(self, chosen: Settings) -> int:
+        """Pictures whose modulations are made together, so that parts are loaded once for them."""
+        if not self.sequential:
+            return 1
+        width = jnp.dtype(self._dtypes[TRANSFORMER]).itemsize
+        each = modulation_bytes(self.configs[TRANSFORMER], chosen.steps, itemsize=width)
+        return max(1, HELD // each)
+
+    def _modulations(self, texts: TextStates, chosen: Settings, progress: Progress) -> Modulations:
+        """Those of all steps of one picture, on the host."""
+        part = self._load(MODULATION, progress)
+        scale = None if chosen.guidance is None else jnp.full(1, chosen.guidance, jnp.float32)
+        times = self._steps(chosen).timestep
+        return jax.device_get(step_modulations(part.model, part.params, times, texts.pooled, scale))
+
     def _denoise(
         self,
-        texts: TextStates,
+        states: Float[Array, "1 t k"],
+        given: Modulations,
         noise: Float[Array, "1 i c"],
         chosen: Settings,
         done: tuple[int, int],
         progress: Progress,
     ) -> Float32[Array, "1 i c"]:
         """The tokens of one picture; `done` are the steps before it, and of all pictures."""
-        part, grid = self._load("transformer", progress), self._grid(chosen)
-        steps = euler_steps(self._schedule.sigmas(chosen.steps, grid[0] * grid[1]))
-        scale = None if chosen.guidance is None else jnp.full(1, chosen.guidance, jnp.float32)
+        part, steps = self._load(TRANSFORMER, progress), self._steps(chosen)
         x, _ = loop.start(noise, steps)
-        for index in range(chosen.steps):
-            now = jax.tree.map(lambda leaf, i=index: leaf[i], steps)
-            x = sampler_step(part.model, part.params, x, texts, now, scale, grid=grid)
+        for i in range(chosen.steps):
+            now = jax.tree.map(lambda leaf, i=i: leaf[i], steps)
+            here = step_of(given, i)
+            x = sampler_step(part.model, part.params, x, states, now, here, grid=self._grid(chosen))
             jax.block_until_ready(x)  # else the bar runs ahead, and so does an interrupt
-            progress("transformer", done[0] + index + 1, done[1])
+            progress(TRANSFORMER, done[0] + i + 1, done[1])
         return x
+
+    def _steps(self, chosen: Settings) -> loop.Steps:
+        rows, columns = self._grid(chosen)
+        return euler_steps(self._schedule.sigmas(chosen.steps, rows * columns))
 
     def _decode(
         self, tokens: Float[Array, "1 i c"], chosen: Settings, progress: Progress
@@ -310,11 +352,15 @@ class FluxPipeline:
             if self.sequential:
                 self._parts.clear()
             progress(f"loading {name}", 0, 1)
-            saved: SavedModel = load(self.folder / name, verify=self.verify)
-            dtype = saved.manifest.get("dtype", "bfloat16")
-            self._parts[name] = _Part(
-                build(saved.model, saved.config, jnp.dtype(dtype)), saved.params
-            )
+            folder = TRANSFORMER if name == MODULATION else name
+            wanted = partial(_only, name) if self.sequential else None
+            saved: SavedModel = load(self.folder / folder, verify=self.verify, place=wanted)
+            model = build(saved.model, saved.config, jnp.dtype(self._dtypes[folder]))
+            trees: dict[str, Any] = {name: saved.params}
+            if folder == TRANSFORMER and not self.sequential:
+                both = split_modulation(saved.params)
+                trees = dict(zip((TRANSFORMER, MODULATION), both, strict=True))
+            self._parts |= {key: _Part(model, params) for key, params in trees.items()}
             progress(f"loading {name}", 1, 1)
         return self._parts[name]
 
@@ -342,39 +388,9 @@ class FluxPipeline:
         return {name: str(value) for name, value in values.items()}
 
 
-@partial(jax.jit, static_argnames="model")
-def pooled_vector(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b k"]:
-    """CLIP's vector of each text."""
-    return model.apply({"params": params}, ids)[1]
-
-
-@partial(jax.jit, static_argnames="model")
-def text_states(model, params, ids: Int[Array, "b t"]) -> Float[Array, "b t k"]:
-    """T5's states of each text, padding attended to."""
-    return model.apply({"params": params}, ids)
-
-
-@partial(jax.jit, static_argnames=("model", "grid"))
-def sampler_step(model, params, x, texts: TextStates, now: loop.Steps, guidance, *, grid):
-    """One step of the sampler, compiled once for all of them."""
-    ids = image_ids(*grid), text_ids(texts.states.shape[1])
-
-    def velocity(x, t):
-        out = (x, texts.states, t, texts.pooled)
-        return model.apply({"params": params}, *out, *ids, guidance=guidance)
-
-    return loop.advance(velocity, (x, None), now)[0]
-
-
-@partial(jax.jit, static_argnames=("model", "grid"))
-def decoded(model, params, tokens, *, grid):
-    """The pixels, about in [-1, 1], of tokens on a grid, float32."""
-    latents = restore(model.config, unpack(tokens, grid))
-    return model.apply({"params": params}, latents, method="decode").astype(jnp.float32)
-
-
-def unpack(tokens: Float[Array, "b i c"], grid: tuple[int, int]) -> Float[Array, "b y x z"]:
-    """Latents of tokens, "z row column" inside each: inverse of `patches`, channels last."""
-    b, rows, columns = len(tokens), *grid
-    cut = tokens.reshape(b, rows, columns, -1, PATCH, PATCH).transpose(0, 1, 4, 2, 5, 3)
-    return cut.reshape(b, rows * PATCH, columns * PATCH, -1)
+def _only(name: str, stored: str, part: Part) -> Part:
+    """What of a stored part belongs to part `name` of the pipeline."""
+    if name not in (TRANSFORMER, MODULATION):
+        return part
+    once = name == MODULATION
+    return {path: leaf for path, leaf in part.items() if is_modulation(path) == once}

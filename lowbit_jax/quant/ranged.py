@@ -53,8 +53,7 @@ def at_timestep(params: Tree, t: Float[Array, "*b"] | Int[Array, "*b"]) -> Tree:
         t: the timestep the model is told; of a batch, whose entries must be at the same one, the
             first is taken. May be traced.
     """
-    leaves = jax.tree.leaves(params, is_leaf=_is_ranged)
-    edges = {leaf.edges for leaf in leaves if _is_ranged(leaf)}
+    edges = _edges(params)
     if not edges:
         return params
     now = jnp.asarray(t, jnp.float32).reshape(-1)[0]
@@ -73,6 +72,16 @@ def at_timestep(params: Tree, t: Float[Array, "*b"] | Int[Array, "*b"]) -> Tree:
         }
 
     return map_stacks(params, stack, lambda _, kernel: take(kernel, 0))
+
+
+def has_ranges(params: Tree) -> bool:
+    """Whether any kernel differs between timesteps."""
+    return bool(_edges(params))
+
+
+def _edges(params: Tree) -> set[tuple[float, ...]]:
+    leaves = jax.tree.leaves(params, is_leaf=_is_ranged)
+    return {leaf.edges for leaf in leaves if _is_ranged(leaf)}
 
 
 def _is_ranged(value: Any) -> bool:

@@ -35,11 +35,13 @@ OPTIONS = Options(pixels=32, tokens=16)
 
 def test_the_programs_go_from_one_to_the_next():
     """What a stage gives is what the next takes, in shape; the last gives pixels."""
-    clip, t5, flux, vae = stages(OPTIONS, SMALL)
-    out = {s.part: jax.eval_shape(s.run, s.params, *s.inputs) for s in (clip, t5, flux, vae)}
-    texts = flux.inputs[1]
-    assert (out[clip.part].shape, out[clip.part].dtype) == (texts.pooled.shape, texts.pooled.dtype)
-    assert (out[t5.part].shape, out[t5.part].dtype) == (texts.states.shape, texts.states.dtype)
+    clip, t5, modulation, flux, vae = all_stages = stages(OPTIONS, SMALL)
+    out = {s.part: jax.eval_shape(s.run, s.params, *s.inputs) for s in all_stages}
+    like = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
+    assert like(out[clip.part]) == like(modulation.inputs[1])
+    assert like(out[t5.part]) == like(flux.inputs[1])
+    steps = jax.tree.map(lambda leaf: (OPTIONS.steps, *leaf.shape), flux.inputs[3])
+    assert steps == jax.tree.map(lambda leaf: leaf.shape, out[modulation.part])
     assert out[flux.part].shape == flux.inputs[0].shape == vae.inputs[0].shape == (1, 64, 64)
     assert out[vae.part].shape == (1, 32, 32, 3)
 
@@ -47,7 +49,9 @@ def test_the_programs_go_from_one_to_the_next():
 def test_published_sizes_hold_the_published_weights():
     """From shapes: CLIP-L and the autoencoder in bfloat16, T5-XXL and FLUX.1-dev as asked for."""
     weights = [tree_bytes(stage.params) for stage in stages(Options())]
-    assert weights == [2 * 123_060_480, 4_898_041_856, 3_105_056_896, 2 * 83_819_683]
+    clip, t5, modulation, flux, vae = weights
+    assert (clip, t5, vae) == (2 * 123_060_480, 4_898_041_856, 2 * 83_819_683)
+    assert modulation + flux == 3_105_056_896 and 0.27 < modulation / (modulation + flux) < 0.3
 
 
 def test_one_part_at_a_time_or_all():

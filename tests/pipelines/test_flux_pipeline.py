@@ -4,21 +4,33 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
-from lowbit_jax.checkpoint import OutputError, abstract_parts, read_manifest
+from convert.port import port
+from convert.statistics import save_statistics
+from lowbit_jax.calibration.ranges import TimestepRanges
+from lowbit_jax.checkpoint import OutputError, abstract_parts, load, read_manifest
 from lowbit_jax.cli import main
+from lowbit_jax.models.registry import build
 from lowbit_jax.pipelines import FluxPipeline
+from lowbit_jax.pipelines.flux import sample_tokens
+from lowbit_jax.pipelines.flux_programs import decoded
 from lowbit_jax.pipelines.folder import PipelineError
+from lowbit_jax.pipelines.picture import to_bytes
+from lowbit_jax.quant import Balance, Recipe, Rule, WeightSpec
+from lowbit_jax.quant.ranged import has_ranges
 from lowbit_jax.quant.report import size_report
+from tests.references.calibration import random_statistics
 
 pytest.importorskip("diffusers", reason="the reference is diffusers")
 pytest.importorskip("transformers", reason="the reference is diffusers")
 from tests.references import pipelines as reference  # noqa: E402
 
 PROMPTS = ["The cat and the fox, in the SNOW", "a red ox at " + "the cat and " * 9]
+RANGES = Balance(alpha=(0.3, 0.6))
 SIZE = {"height": 12, "width": 20}
 MAX_LENGTH = 24
 
@@ -60,6 +72,17 @@ def live_bytes():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+def modulation_bytes(pipeline):
+    """Of the parameters that modulations alone are made of: embedders, and "mod" in their names."""
+    names = "time_in", "guidance_in", "vector_in", "_mod/", "modulation", "adaLN"
+    return sum(
+        leaf.size * leaf.dtype.itemsize
+        for _, part in abstract_parts(manifests(pipeline)["transformer"])
+        for path, leaf in part.items()
+        if any(name in path for name in names)
+    )
+
+
 def manifests(pipeline):
     return {part: read_manifest(pipeline.folder / part) for part in pipeline.configs}
 
@@ -89,8 +112,12 @@ def test_pictures_equal_those_of_diffusers(sources, converted, kind):
         np.testing.assert_array_equal(ours, again.pixels)
     # at the end of each stage: its own part, and what goes from stage to stage
     parts = {part: size_report(abstract_parts(m)).after for part, m in manifests(lean).items()}
+    once = modulation_bytes(lean)
+    assert once > 0.2 * parts["transformer"]
+    parts["transformer"] -= once
     for stage in parts:
         assert parts[stage] <= held[stage] < parts[stage] + 50_000 < sum(parts.values()) / 1.4
+    assert once <= held["loading modulation"] < once + 50_000
     assert live_bytes() - before < 50_000
     alone = pipeline(PROMPTS[1], **options | {"noise": noise[1:]})
     np.testing.assert_array_equal(alone[0].pixels, found[1])
@@ -116,6 +143,45 @@ def test_quantised_parts_in_any_mix(converted):
     error = np.abs(found.pixels.astype(float) - exact.pixels).mean()
     assert 0 < error < 80
     assert found.settings["recipe of transformer"] == recipe
+
+
+@pytest.mark.slow
+def test_kernels_of_timestep_ranges(sources, tmp_path):
+    """Modulations included: pictures as of a loop that asks the whole model in every step."""
+    source = sources("dev")
+    transformer = port(source / "transformer", dtype=jnp.float32)
+    edges = TimestepRanges((0, 0.6, 1))
+    statistics = random_statistics(
+        transformer.params, config=json.dumps(transformer.config), ranges=edges, model="flux"
+    )
+    stats = save_statistics(tmp_path / "statistics.safetensors", statistics)
+    rules = (Rule(match=r".*blocks/.*", weights=WeightSpec(format="int8", quantizer="absmax"), balance=RANGES),)
+    recipe = tmp_path / "ranged.json"
+    recipe.write_text(json.dumps(Recipe(name="ranged", rules=rules).to_json()))
+    out = tmp_path / "out"
+    assert run(source, "--recipe", recipe, "--stats", stats, "--dtype", "f32", "--out", out) == 0
+    noise = np.random.default_rng(0).standard_normal((1, 15, 16), np.float32)
+    options = {"steps": 4, "max_length": MAX_LENGTH, "noise": noise, "guidance": 3.5, **SIZE}
+    pipeline = FluxPipeline(out)
+    (found,) = pipeline("a cat", **options)
+    (lean,) = FluxPipeline(out, sequential=True)("a cat", **options)
+    np.testing.assert_array_equal(found.pixels, lean.pixels)
+    saved = load(out / "transformer")
+    assert has_ranges(saved.params["double_blocks"]["0"]["img_mod"])
+    (texts,) = pipeline.encode(["a cat"], MAX_LENGTH)
+    expected = sample_tokens(
+        build(saved.model, saved.config, jnp.float32),
+        saved.params,
+        noise,
+        texts.states,
+        texts.pooled,
+        pipeline._schedule.sigmas(4, 15),
+        grid=(3, 5),
+        guidance=jnp.full(1, 3.5),
+    )
+    part = pipeline._parts["vae"]
+    pixels = to_bytes(np.asarray(decoded(part.model, part.params, expected, grid=(3, 5)))[0])
+    assert np.abs(found.pixels.astype(int) - pixels).max() <= 1
 
 
 def test_pictures_come_as_soon_as_they_are_there(converted):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from benchmarks.evidence import Bench, Outcome
 from benchmarks.evidence_report import beats, save_grid, table
 from benchmarks.evidence_subjects import Amount, nouns_subject
 from benchmarks.ternary_judge import Judge, Losses, with_activations
+from benchmarks.ternary_neighbours import NEIGHBOURS, as_if_stored, on_grid
 from benchmarks.ternary_rungs import RUNGS, Sizes, Workshop
 from lowbit_jax import checkpoint
 from lowbit_jax.evaluation import nouns
@@ -74,11 +76,17 @@ def main(options: Options) -> dict[str, Any]:
         outcome = bench.params(name, asdict(options.sizes), lambda tree=params: tree)
         rungs[name] = Rung(outcome=outcome, losses=judge(params), minutes=minutes)
         console.print(f"{name}: score {outcome.interval('score')}")
+    near: dict[str, Outcome] = {}
+    for name, grid in NEIGHBOURS.items():
+        made = partial(on_grid, shop, grid)
+        outcome = bench.params(name, [asdict(options.sizes), asdict(grid)], made)
+        near[name] = as_if_stored(outcome, shop.params, grid)
+        console.print(f"{name}: score {outcome.interval('score')}")
     best = max(rungs, key=lambda name: rungs[name].outcome.values["score"].mean())
     eight = bench.params(
         f"{best}-a8", asdict(options.sizes), lambda: with_activations(shop.rung(best), 8)
     )
-    return report(options, bench.reference[2], rungs, best, eight, console)
+    return report(options, bench.reference[2], rungs, best, eight, near, console)
 
 
 def _made(shop: Workshop, name: str) -> tuple[Any, float]:
@@ -107,11 +115,13 @@ def report(
     rungs: dict[str, Rung],
     best: str,
     eight: Outcome,
+    near: dict[str, Outcome],
     console: Console,
 ) -> dict[str, Any]:
     """Print and write everything."""
     outcomes = {"float": floats, **{name: rung.outcome for name, rung in rungs.items()}}
     outcomes[f"{best} + int8"] = eight
+    outcomes |= near
     console.print(table(outcomes, f"{options.captions} held-out captions, same noise"))
     console.print(_attributes(outcomes))
     console.print(_steps(rungs))

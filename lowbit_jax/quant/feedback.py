@@ -152,6 +152,7 @@ def ternary(
     *,
     refits: int = 3,
     norm: Literal["gram", "plain"] = "gram",
+    levels: tuple[int, int] = (-1, 1),
     block: int = 128,
 ) -> Codes:
     """Ternary with a scale per row, codes with error feedback and the exact scale for them.
@@ -166,13 +167,14 @@ def ternary(
         start: what a ternary quantiser gives for w, one scale per row.
         refits: rounds, at least 1.
         norm: of the re-fit.
+        levels: the smallest and the largest code, for grids like the ternary one with more points.
         block: see `round_to`.
     """
     if start[1].shape != (len(w), 1):
         raise ValueError(f"one scale per row is needed, {len(w)} in all, got {start[1].shape}")
     if refits < 1:
         raise ValueError(f"refits must be at least 1, got {refits}")
-    grid = Grid(start[1].astype(factor.gram.dtype), None, w.shape[1], -1, 1)
+    grid = Grid(start[1].astype(factor.gram.dtype), None, w.shape[1], *levels)
     codes = start[0]
     scale = refit_scale(w, codes, factor, norm)
     best = codes, scale, _error(w, codes, scale, factor)

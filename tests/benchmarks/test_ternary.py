@@ -14,6 +14,7 @@ pytest.importorskip("dm_pix", reason="the evidence needs the extra eval")
 from benchmarks.evidence import Outcome
 from benchmarks.ternary import Options, Rung, report
 from benchmarks.ternary_judge import Losses, with_activations
+from benchmarks.ternary_neighbours import NEIGHBOURS, least_error
 from lowbit_jax.evaluation import nouns
 from lowbit_jax.quant import RECIPES, quantize
 from lowbit_jax.quant.qtensor import QTensor
@@ -44,7 +45,7 @@ def test_the_last_line_and_the_file(tmp_path, capsys):
     }
     floats, eight = outcome(4, 16.0), outcome(2, 4.0)
     options = Options(out=tmp_path, captions=CAPTIONS)
-    found = report(options, floats, rungs, "codes", eight, Console(width=200))
+    found = report(options, floats, rungs, "codes", eight, {}, Console(width=200))
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.fullmatch(
         "figure: float_score=1.0000 absmean_score=0.2500 best_ternary_score=0.7500 "
@@ -53,6 +54,27 @@ def test_the_last_line_and_the_file(tmp_path, capsys):
     )
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(found))
     assert (tmp_path / "grid.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("grid", NEIGHBOURS.values())
+def test_neighbours_start_from_the_best_scale_of_many(grid):
+    """NumPy float64, row by row; rows of zeros and of one sign among them; on the grid."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((6, 50))
+    w[1], w[2] = 0, np.abs(w[2])
+    codes, scale, _ = least_error(jnp.asarray(w, jnp.float32), grid.low, grid.high)
+    assert codes.min() >= grid.low and codes.max() <= grid.high
+    found = np.square(w - np.asarray(scale * codes, np.float64)).sum(1)
+    most = max(-grid.low, grid.high)
+    for row, error in zip(w, found, strict=True):
+        sizes = [
+            s * (i + 1) / 40 * (np.abs(row).max() or 1) / most for i in range(40) for s in (1, -1)
+        ]
+        errors = [
+            np.square(row - s * np.clip(np.round(row / s), grid.low, grid.high)).sum()
+            for s in sizes
+        ]
+        assert error <= min(errors) * (1 + 1e-5) + 1e-9
 
 
 def test_int8_activations_are_the_only_change():

@@ -155,7 +155,13 @@ def test_kernels_of_timestep_ranges(sources, tmp_path):
         transformer.params, config=json.dumps(transformer.config), ranges=edges, model="flux"
     )
     stats = save_statistics(tmp_path / "statistics.safetensors", statistics)
-    rules = (Rule(match=r".*blocks/.*", weights=WeightSpec(format="int8", quantizer="absmax"), balance=RANGES),)
+    rules = (
+        Rule(
+            match=r".*blocks/.*",
+            weights=WeightSpec(format="int8", quantizer="absmax"),
+            balance=RANGES,
+        ),
+    )
     recipe = tmp_path / "ranged.json"
     recipe.write_text(json.dumps(Recipe(name="ranged", rules=rules).to_json()))
     out = tmp_path / "out"

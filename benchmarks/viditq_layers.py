@@ -44,6 +44,8 @@ CHOOSE_ROWS = 128  # of each linear's input that masks are chosen by
 TYPES = ("query", "key", "value", "proj", "mlp_in", "mlp_out")
 INPUT = "input"  # under which inputs are sown
 
+Rows = Mapping[str, Float[np.ndarray, "rows k"]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -58,26 +60,37 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Print a table per kind of linear, and the figure line."""
     options = tyro.cli(Options, args=argv, description=__doc__)
+    kernels, rows, seen = subject(options)
+    console = Console()
+    console.print(outliers_table(rows))
+    means: dict[str, float] = {}
+    for bits in BITS:
+        ratios = {
+            m: measure(rule_of(m, bits), kernels, rows, seen) for m in METHODS if has(m, bits)
+        }
+        console.print(table(bits.upper(), ratios))
+        means |= {f"{m}_{bits}": float(np.mean(list(r.values()))) for m, r in ratios.items()}
+    best = {bits: max(METHODS, key=lambda m: means.get(f"{m}_{bits}", -np.inf)) for bits in BITS}
+    console.print("highest mean: " + ", ".join(f"{b} {m}" for b, m in best.items()))
+    shown = (f"{m}_{b}" for b in BITS for m in ("dynamic", "viditq"))
+    print("figure: " + " ".join(f"{name}_dB={means[name]:.2f}" for name in shown))
+
+
+def subject(options: Options) -> tuple[Mapping[str, jax.Array], Rows, Rows]:
+    """Kernels of MiniLM's linears by layer path; their inputs that judge, and to calibrate on.
+
+    Raises:
+        SystemExit: too few sentences.
+    """
     texts = sentences(options.text)
     need = 2 * options.sentences
     if len(texts) < need:
         raise SystemExit(f"{len(texts)} sentences in {options.text}, {need} are needed")
     encode = load_minilm()
     calibration, judged = texts[0:need:2], texts[1:need:2]
-    seen = inputs(encode, calibration)
     rows = {layer: x[:ROWS] for layer, x in inputs(encode, judged).items()}
     kernels = {layer: k if i is None else k[i] for layer, k, i in iter_layers(encode.params)}
-    console = Console()
-    console.print(outliers_table(rows))
-    means: dict[str, float] = {}
-    for bits in BITS:
-        ratios = {m: measure(m, bits, kernels, rows, seen) for m in METHODS if has(m, bits)}
-        console.print(table(bits, ratios))
-        means |= {f"{m}_{bits}": float(np.mean(list(r.values()))) for m, r in ratios.items()}
-    best = {bits: max(METHODS, key=lambda m: means.get(f"{m}_{bits}", -np.inf)) for bits in BITS}
-    console.print("highest mean: " + ", ".join(f"{b} {m}" for b, m in best.items()))
-    shown = (f"{m}_{b}" for b in BITS for m in ("dynamic", "viditq"))
-    print("figure: " + " ".join(f"{name}_dB={means[name]:.2f}" for name in shown))
+    return kernels, rows, inputs(encode, calibration)
 
 
 def sentences(paths: tuple[Path, ...]) -> list[str]:
@@ -131,14 +144,12 @@ def rule_of(method: str, bits: str) -> Rule:
 
 
 def measure(
-    method: str,
-    bits: str,
+    rule: Rule,
     kernels: Mapping[str, jax.Array],
-    rows: Mapping[str, np.ndarray],
-    seen: Mapping[str, np.ndarray],
+    rows: Rows,
+    seen: Rows,
 ) -> dict[str, float]:
     """Signal-to-noise ratio in dB of every linear's product; `seen` are the rows calibrated on."""
-    rule = rule_of(method, bits)
     found = {}
     for layer, x in rows.items():
         given = _given(rule, layer, seen[layer])
@@ -195,9 +206,9 @@ def outliers_table(rows: Mapping[str, np.ndarray]) -> Table:
     return out
 
 
-def table(bits: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
+def table(what: str, ratios: Mapping[str, Mapping[str, float]]) -> Table:
     """Mean dB by kind of linear, a row per method."""
-    title = f"{bits.upper()}: dB of the product, mean over 6 layers"
+    title = f"{what}: dB of the product, mean over 6 layers"
     out = Table(title=title, box=box.SIMPLE, pad_edge=False)
     out.add_column("method", no_wrap=True)
     for name in (*TYPES, "mean", "worst"):

@@ -11,12 +11,13 @@ SIZE = ["--blocks", "1", "1", "--hidden", "256", "--layouts", "diffusers"]
 
 
 def test_figures_and_why_a_rival_did_not_run(tmp_path, capsys, monkeypatch):
-    """One recipe; a rival that is not installed, and one that memory has no room for."""
+    """Recipes with and without statistics; a rival that is not installed, one that has no room."""
     monkeypatch.setitem(RIVALS, "none", Rival(packages=("no_such_package",), quantize=print))
     monkeypatch.setitem(RIVALS, "large", Rival(packages=(), quantize=print))
     monkeypatch.setattr(convert_flux, "available_memory", lambda: 10**8)
     monkeypatch.setattr(Rival, "missing", property(lambda self: list(self.packages)))
-    options = ["--recipes", "w8a8", "--rivals", "none", "large", "--dir", str(tmp_path)]
+    recipes = ["--recipes", "w8a8", "viditq-w8a8"]
+    options = [*recipes, "--rivals", "none", "large", "--dir", str(tmp_path)]
     convert_flux.main([*SIZE, *options])
     out = capsys.readouterr().out
     assert "not installed: no_such_package" in out and "holds the model" in out

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
+from convert.heap import one_heap
 from convert.job import Job, manifest, plan, run
 from convert.lora import Lora
 from convert.pipeline import check_complete, check_fit, copy_files, find_pipeline, staged
@@ -83,6 +84,7 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    one_heap()
     arguments = tyro.cli(Arguments, args=argv, prog="convert_and_quantize")
     try:
         convert_and_quantize(arguments, Console(markup=False))

@@ -49,7 +49,8 @@ class Arguments:
     no_feedback: bool = False
     """Round plainly where the recipe has error feedback: it needs no X^T X then."""
     stats: Path | None = None
-    """Statistics of the model's activations (convert.statistics), for recipes that balance."""
+    """Statistics of the model's activations, which calibrate_model writes, for recipes that balance
+    or have error feedback."""
     out: Path | None = None
     """Folder to write; needed unless --dry-run."""
     model: str = "auto"

@@ -9,11 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from convert.checkpoint_files import open_checkpoint
-from convert.job import plan, run
+from convert.job import Job, plan, run
 from convert.torch_file import Weights
 from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, SavedModel, assemble
-from lowbit_jax.quant.recipe import Recipe, load_recipe
+from lowbit_jax.quant.recipe import Recipe, Rule, load_recipe
 
 
 def port(
@@ -54,3 +54,20 @@ def port(
         recipe=recipe,
         manifest={},
     )
+
+
+def float_params(job: Job, dtype: Any = jnp.float32) -> Any:
+    """The parameters of a planned conversion before anything is quantised, LoRA files merged.
+
+    Args:
+        job: its checkpoint is open.
+        dtype: of all of them.
+
+    Raises:
+        CheckpointError, NonFiniteError: see `convert.job.run`.
+    """
+    rules: dict[str, Rule | None] = dict.fromkeys(job.rules)
+    parts: list[tuple[str, Part]] = []
+    plain = dataclasses.replace(job, rules=rules, dtype=dtype)
+    run(plain, lambda name, part, bad: parts.append((name, part)))
+    return assemble(parts)

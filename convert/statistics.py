@@ -97,6 +97,15 @@ def load_statistics(
     return statistics
 
 
+def is_statistics(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that it holds statistics; it may be damaged still."""
+    try:
+        with TensorFile(path) as file:
+            return (file.metadata or {}).get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
 def _header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
         raise CheckpointError(

@@ -20,32 +20,28 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float
 from rich.console import Console
 
 from convert.job import Job, manifest
-from convert.job import run as run_job
-from convert.minilm import load_minilm
-from convert.safetensors import TensorFile
+from convert.port import float_params
+from convert.prompts import read_prompts
+from convert.sampling import find_schedule, flux_sample
 from convert.trajectories import save_trajectories
 from lowbit_jax.calibration import drivers
 from lowbit_jax.calibration.collect import Run, Sample
-from lowbit_jax.checkpoint import Part, Writer, assemble, iter_parts
+from lowbit_jax.checkpoint import Writer, iter_parts
 from lowbit_jax.distill import latent, split, train
 from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
 from lowbit_jax.distill.trajectories import Trajectories
 from lowbit_jax.distill.velocity import velocity_loss
-from lowbit_jax.models.flux import FluxConfig, FluxTransformer
+from lowbit_jax.models.flux import FluxTransformer
 from lowbit_jax.quant.qtensor import is_qtensor, tree_bytes
-from lowbit_jax.quant.recipe import Feedback, Rule
-from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE, FlowSchedule
+from lowbit_jax.quant.recipe import Feedback
 
 Method = Literal["feedback", "reconstruct", "distill"]
 STEPS = 16  # of a trajectory
 ROWS = 1024  # forwards that blocks are shown, of all prompts and steps,
 ACTIVATIONS = 32e9  # or as many as take these bytes
-MINILM_WIDTH, MINILM_TOKENS = 384, 32
 SHARE = 0.9  # of the time left, for training
 
 
@@ -55,8 +51,7 @@ class Lesson:
 
     Attributes:
         method: see the module.
-        prompts: a text file with a prompt a line, or a safetensors file of encoded ones: `txt`
-            [p, t, k], `pooled` [p, k].
+        prompts: see `convert.prompts`.
         minutes: for all of it.
         grid: rows and columns of latent patches of a picture.
         folder: where trajectories and checkpoints of trainings are kept.
@@ -75,50 +70,6 @@ class Lesson:
     def __post_init__(self) -> None:
         if not self.minutes > 0:
             raise ValueError(f"--budget-minutes must be positive, got {self.minutes:g}")
-
-
-def read_prompts(path: Path, config: FluxConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Encoded prompts, `txt` [p, t, context] and `pooled` [p, vec].
-
-    Raises:
-        ValueError: no such file, none in it, or an encoder that is not here: encode them elsewhere.
-    """
-    if path.suffix == ".safetensors":
-        with TensorFile(path) as file:
-            txt, pooled = (np.array(file.read(name), np.float32) for name in ("txt", "pooled"))
-    else:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"{path} holds no prompts")
-        if not config.context_in_dim == config.vec_in_dim == MINILM_WIDTH:
-            raise ValueError(
-                f"{path}: this model's text states are {config.context_in_dim} and "
-                f"{config.vec_in_dim} wide; only MiniLM (384) is run here. Give a safetensors file "
-                "of encoded prompts: txt [p, t, k], pooled [p, k]"
-            )
-        txt, pooled = (np.asarray(x) for x in load_minilm()(lines, MINILM_TOKENS))
-    wanted = (config.context_in_dim, config.vec_in_dim)
-    if txt.ndim != 3 or pooled.ndim != 2 or (txt.shape[2], pooled.shape[1]) != wanted:
-        raise ValueError(f"{path}: txt {txt.shape}, pooled {pooled.shape}; widths must be {wanted}")
-    return txt, pooled
-
-
-def make_samples(
-    lesson: Lesson,
-    config: FluxConfig,
-    txt: Float[np.ndarray, "p t k"],
-    pooled: Float[np.ndarray, "p k"],
-) -> list[Sample]:
-    """Noise for every prompt; guidance 3.5 where the model is told one."""
-    tokens = lesson.grid[0] * lesson.grid[1]
-    guidance = jnp.full(1, 3.5) if config.guidance_embed else None
-    out = []
-    for i in range(len(txt)):
-        key = jax.random.fold_in(jax.random.key(lesson.seed), i)
-        noise = jax.random.normal(key, (1, tokens, config.in_channels))
-        states, vector = jnp.asarray(txt[i : i + 1]), jnp.asarray(pooled[i : i + 1])
-        out.append(drivers.flux_sample(noise, states, vector, guidance))
-    return out
 
 
 def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[str, int]:
@@ -155,10 +106,6 @@ def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[s
     return out | {
         "on the host or on disk (X^T X of a block, activations)": grams + 4 * _most_rows(row) * row
     }
-
-
-def _tokens(lesson: Lesson, txt: np.ndarray) -> int:
-    return txt.shape[1] + lesson.grid[0] * lesson.grid[1]
 
 
 def _row_bytes(params: Any, tokens: int) -> int:
@@ -212,18 +159,23 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
     if job.model != "flux":
         raise ValueError(f"--method teaches FLUX; this is {job.model}")
     start = time.monotonic()
-    txt, pooled = read_prompts(lesson.prompts, job.config)
-    samples = make_samples(lesson, job.config, txt, pooled)
-    params = _floats(job)
+    config, patches = job.config, lesson.grid[0] * lesson.grid[1]
+    prompts = read_prompts(lesson.prompts, context=config.context_in_dim, pooled=config.vec_in_dim)
+    samples = [
+        flux_sample(config, prompts, i, tokens=patches, seed=lesson.seed)
+        for i in range(len(prompts))
+    ]
+    tokens = prompts.txt.shape[1] + patches
+    params = float_params(job)
     model = FluxTransformer(job.config, jnp.bfloat16, remat=True)
-    sigmas = _schedule(job).sigmas(STEPS, lesson.grid[0] * lesson.grid[1])
+    sigmas = find_schedule(job).sigmas(STEPS, patches)
     run = drivers.flux_run(model, sigmas, grid=lesson.grid)
     seconds = _forward_seconds(run, params, samples[0])
-    show_estimate(lesson, params, len(samples), seconds, _tokens(lesson, txt), console)
+    show_estimate(lesson, params, len(samples), seconds, tokens, console)
 
     size = min(32, len(samples))
     data = save_trajectories(lesson.folder / "trajectories", run, params, samples, size=size)
-    rows = min(_most_rows(_row_bytes(params, _tokens(lesson, txt))), len(data) * data.steps)
+    rows = min(_most_rows(_row_bytes(params, tokens)), len(data) * data.steps)
     options = Feedback()
     with console.status("error feedback") as status:
         told = lambda block: status.update(f"error feedback: {block}")  # noqa: E731
@@ -249,15 +201,6 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
     return tree, {"method": lesson.method, **facts, "rungs": rungs, "minutes": minutes}
 
 
-def _floats(job: Job) -> Any:
-    """The ported parameters in float32, LoRA files merged."""
-    rules: dict[str, Rule | None] = dict.fromkeys(job.rules)
-    plain = dataclasses.replace(job, rules=rules, dtype=jnp.float32)
-    parts: list[tuple[str, Part]] = []
-    run_job(plain, lambda name, part, bad: parts.append((name, part)))
-    return assemble(parts)
-
-
 def _cast(leaf: Any, dtype: Any) -> Any:
     return leaf if is_qtensor(leaf) else leaf.astype(dtype)
 
@@ -274,16 +217,6 @@ def show_estimate(
     )
     for name, size in memory.items():
         console.print(f"memory, {name}: about {size / 1e9:,.2f} GB", soft_wrap=True)
-
-
-def _schedule(job: Job) -> FlowSchedule:
-    """Of the scheduler's config beside the weights; FLUX.1-dev's where there is none."""
-    source = Path(job.checkpoint.source)
-    for folder in (source, source.parent, source.parent.parent):
-        file = folder / "scheduler" / "scheduler_config.json"
-        if file.is_file():
-            return FlowSchedule.from_json(json.loads(file.read_text()))
-    return FLUX_DEV_SCHEDULE
 
 
 def _forward_seconds(run: Run, params: Any, sample: Sample) -> float:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key
 from rich.console import Console
 from rich.progress import Progress
 
-from lowbit_jax.calibration.observe import iter_readings, observe
+from lowbit_jax.calibration.observe import Reading, iter_readings, observe
 from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.calibration.statistics import Statistics, StatisticsError, Sums
 from lowbit_jax.models.registry import NETWORKS
@@ -204,6 +204,29 @@ def collect(
     statistics = _statistics(run, sums, done, digest)
     statistics.check(params, run.ranges)
     return statistics
+
+
+def abstract_readings(
+    run: Run, params: Any, sample: Callable[[Any], Sample]
+) -> dict[str, list[Reading]]:
+    """What one step would give, by layer path, as shapes: what a run takes, before it is made.
+
+    Args:
+        run: what would be run.
+        params: parameters, or their `jax.ShapeDtypeStruct`s.
+        sample: makes a sample of parameters, which are traced.
+
+    Raises:
+        ValueError: a sample that the model or the steps do not take.
+    """
+
+    def step(params):
+        one = sample(params)
+        state, now = loop.start(jnp.asarray(one.noise), run.steps), run.each_step()[0]
+        _, _, readings = _step(run)(params, state, now, one.conditions, run.keys(one)[0])
+        return dict(iter_readings(readings))
+
+    return jax.eval_shape(step, params)
 
 
 def _statistics(run: Run, sums: Sums, samples: int, digest: str) -> Statistics:

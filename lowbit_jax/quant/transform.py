@@ -254,8 +254,8 @@ def check_statistics(
     if needing and statistics is None:
         raise RecipeError(
             f"recipe '{recipe.name}' needs statistics of the activations of {len(needing)} layers, "
-            f"such as {needing[0]}: collect them with lowbit_jax.calibration and pass them "
-            "(convert_and_quantize --stats FILE)"
+            f"such as {needing[0]}: make them with calibrate_model, or in Python with "
+            "lowbit_jax.calibration, and pass them (convert_and_quantize --stats FILE)"
         )
     if statistics is not None and needing and _is_concrete(*jax.tree.leaves(statistics)):
         statistics.check(params)

@@ -135,7 +135,7 @@ def fit(
     }
     kept = _Kept(folder, state, options, about)
     state = kept.latest()
-    program = _program(loss, parts.structure, parts.names, tuple(parts.trained), equal(options))
+    program = step_program(loss, parts.structure, parts.names, tuple(parts.trained), equal(options))
     saved, step = time.monotonic(), int(state["step"])
     with _progress(console) as bar:
         task = bar.add_task(name, total=options.steps, completed=step, loss=float("nan"))
@@ -165,8 +165,16 @@ def equal(options: Options) -> Options:
 
 
 @lru_cache(maxsize=2)  # the blocks of a stack share a program
-def _program(loss, structure, names, trained_names, options: Options):
-    """state, frozen, batch -> state, which trained leaves have a gradient that is not finite."""
+def step_program(loss, structure, names, trained_names, options: Options):
+    """One step: (state, frozen, batch) -> state, which trained leaves have a gradient not finite.
+
+    Args:
+        loss: see `fit`.
+        structure: of the whole tree.
+        names: of its leaves.
+        trained_names: those that are trained.
+        options: how.
+    """
     optimizer = options.optimizer()
 
     @partial(jax.jit, donate_argnums=0)

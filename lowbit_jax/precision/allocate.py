@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from lowbit_jax.precision.menu import FLOAT, level_name, planned_sizes
+from lowbit_jax.precision.menu import FLOAT, FLOAT_BITS, level_name, planned_sizes
 from lowbit_jax.precision.problem import Problem, Request, abstract_params, pose
 from lowbit_jax.precision.programme import Budget, cost_of, solve
 from lowbit_jax.precision.records import MSE, Header
@@ -74,6 +74,28 @@ def allocate(sensitivity: Sensitivity, request: Request, name: str = "mixed") ->
         budgets = group_budgets(problem, chosen)
         chosen = solve(problem.programme(metric_harms(problem, chosen), budgets))
     return _allocation(problem, request, chosen, name)
+
+
+def uniform(
+    sensitivity: Sensitivity, level: str, act_bits: int | None = 8, name: str = "uniform"
+) -> Allocation:
+    """One level for every unit: what an allocation has to be better than.
+
+    Args:
+        sensitivity: of a finished scan.
+        level: of the weights, see `menu.level_name`.
+        act_bits: of the activations; None: floating point.
+        name: of the recipe.
+
+    Raises:
+        ValueError: a level that is not in the scan's menu.
+    """
+    names = [level_name(spec) for spec in sensitivity.header.menu]
+    if level not in names:
+        raise ValueError(f"level '{level}' is none of the scan's: {', '.join(names)}")
+    request = Request(mean_bits=FLOAT_BITS, act_bits=act_bits, segments=None)
+    chosen = [names.index(level)] * len(sensitivity.header.units)
+    return _allocation(pose(sensitivity, request), request, chosen, name)
 
 
 def group_budgets(problem: Problem, chosen: Sequence[int]) -> list[Budget]:

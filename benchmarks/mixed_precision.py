@@ -39,7 +39,7 @@ from lowbit_jax.quant.recipe import BLOCK_LINEARS, Recipe, Rule
 from lowbit_jax.quant.transform import quantize
 
 SCHEMES: tuple[Scheme, ...] = ("mse", "metric")
-BUDGETS = {"flux": (3.4, 4.15, 4.9), "stdit": (5.0, 5.5, 6.2)}  # by network
+BUDGETS = {"flux": (3.4, 4.15, 4.9), "stdit": (4.7, 5.3, 5.73, 6.2, 7.46)}  # by network
 PSNR = "PSNR"  # dB to the float model
 
 

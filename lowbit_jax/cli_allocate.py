@@ -14,6 +14,7 @@ from lowbit_jax.precision.allocate import allocate
 from lowbit_jax.precision.problem import Request
 from lowbit_jax.precision.report import allocation_table, save_heat_map, summary
 from lowbit_jax.precision.sensitivity import load_sensitivity
+from lowbit_jax.quant.recipe import load_recipe
 
 TABLE_WIDTH = 160  # columns where the output is a file or a pipe
 
@@ -42,6 +43,9 @@ class Allocate:
     """Choose activation bits too, to this mean; the scan must have tried some."""
     segments: int = 8
     """Scan segments of all stacks together, at most."""
+    like: str | None = None
+    """Recipe, by name or file, that lends every rule its balance, rotation and error feedback, such
+    as viditq-w4a8; the recipe that is written then needs statistics."""
     heat_map: Path | None = None
     """PNG to write."""
 
@@ -51,6 +55,7 @@ def run_allocate(command: Allocate, console: Console) -> None:
 
     Raises:
         ScanError: an unfinished or damaged scan. AllocationError: a budget that cannot be met.
+        RecipeError: an unknown recipe to be like, or one that cannot be.
         ImportError: scipy or matplotlib is missing.
     """
     sensitivity = load_sensitivity(command.scan)
@@ -61,6 +66,7 @@ def run_allocate(command: Allocate, console: Console) -> None:
         act_bits=command.act_bits or None,
         mean_act_bits=command.mean_act_bits,
         segments=command.segments,
+        like=None if command.like is None else load_recipe(command.like),
     )
     found = allocate(sensitivity, request, command.out.stem)
     wide = console if console.is_terminal else Console(markup=False, width=TABLE_WIDTH)

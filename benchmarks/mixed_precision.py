@@ -33,7 +33,7 @@ from lowbit_jax.evaluation import metrics
 from lowbit_jax.precision.allocate import Allocation, allocate, uniform
 from lowbit_jax.precision.menu import FLOAT, level_name, short_name
 from lowbit_jax.precision.problem import Request, Scheme, stacks_of
-from lowbit_jax.precision.sensitivity import Sensitivity, load_sensitivity
+from lowbit_jax.precision.sensitivity import Sensitivity, load_sensitivity, restricted
 from lowbit_jax.quant.qtensor import is_qtensor
 from lowbit_jax.quant.recipe import BLOCK_LINEARS, Recipe, Rule
 from lowbit_jax.quant.transform import quantize
@@ -51,6 +51,8 @@ class Options:
     """File of a finished scan of a shipped model."""
     budgets: tuple[float, ...] = ()
     """Bits per parameter over everything stored; none: those that tell the model's levels apart."""
+    formats: tuple[str, ...] = ()
+    """Weight formats to choose from; none: all that were scanned."""
     pictures: int = 32
     """Captions, the first of the shipped ones; a multiple of `batch`."""
     batch: int = 16
@@ -109,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     console = wide_console()
     try:
         sensitivity = load_sensitivity(options.scan)
+        if options.formats:
+            sensitivity = restricted(sensitivity, options.formats)
         draw = Draw(
             captions=range(options.pictures),
             batch=options.batch,

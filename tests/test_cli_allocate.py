@@ -104,6 +104,7 @@ def test_bytes_schemes_and_segments_are_options(run, scan, tmp_path):
     [
         (("--mean-bits", 2.5), "2.500 bits per weight, cannot be reached: the smallest is "),
         ((), "give one of them"),
+        (("--mean-bits", 4, "--formats", "int3"), "tried ternary, int4, int8, not int3"),
         (("--mean-bits", 4, "--like", "viditq"), "recipe 'viditq' is neither a file nor one of"),
         (("--mean-bits", 4, "--bytes", 10), "give one of them"),
     ],

@@ -17,7 +17,8 @@ from lowbit_jax.precision.allocate import allocate, uniform
 from lowbit_jax.precision.menu import FLOAT, MENU, check_menu, level_name, unit_bytes
 from lowbit_jax.precision.problem import Request, monotone, pose, stacks_of
 from lowbit_jax.precision.programme import AllocationError
-from lowbit_jax.precision.records import MSE
+from lowbit_jax.precision.records import MSE, ScanError
+from lowbit_jax.precision.sensitivity import restricted
 from lowbit_jax.quant.qtensor import QTensor
 from lowbit_jax.quant.recipe import RECIPES, Recipe, RecipeError, WeightSpec
 from lowbit_jax.quant.report import size_report
@@ -299,3 +300,16 @@ def test_one_level_for_all(found):
     assert len(made.recipe.rules) == 2  # of two stacks
     with pytest.raises(ValueError, match="'int5' is none of the scan's: ternary"):
         uniform(found, "int5")
+
+
+def test_some_formats_alone(found):
+    """Ternary ones are left out: no cheaper budget, and harms of the others stay theirs."""
+    some = restricted(found, ("int8", "int4"))
+    assert [spec.format for spec in some.header.menu] == ["int4", "int8"]
+    for measure, harms in some.weights.items():
+        np.testing.assert_array_equal(harms, found.weights[measure][:, [1, 3, 4]])
+    made = allocate(some, Request(mean_bits=12.0))
+    assert {level.split()[0] for level in made.levels} <= {"int4", "int8", FLOAT}
+    for formats, said in ((("int5",), "int5"), ((), "nothing")):
+        with pytest.raises(ScanError, match=f"tried ternary, int4, int6, int8, not {said}"):
+            restricted(found, formats)

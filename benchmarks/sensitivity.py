@@ -56,10 +56,11 @@ def main(name: str, network: str, options: Options) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
-    console.print("rank correlation over all units, each quantised alone", agreement_table(found))
-    level = short_name(level_name(found.header.menu[shown_level(found.header)]))
-    title = f"mean harm of a unit at {level} bits, % of the worst kind by the same measure"
-    console.print(title, kinds_table(found))
+    console.print("rank correlation over units, each quantised alone", agreement_table(found))
+    for v in sorted({0, shown_level(found.header)}):
+        level = short_name(level_name(found.header.menu[v]))
+        title = f"mean harm of a unit at {level} bits, % of the worst kind by the same measure"
+        console.print(title, kinds_table(found, v))
     return 0
 
 
@@ -90,28 +91,37 @@ def run_scan(network: str, options: Options, console: Console | None) -> Sensiti
 
 
 def agreement_table(found: Sensitivity) -> Table:
-    """Rank correlation (Spearman) of every two measures over all units, by level.
+    """Rank correlation (Spearman) of every two measures, by level: over all units, then of MSE and
+    each metric over the units that it judges.
 
     Near 1: the two do not decouple; with MSE: it ranks the units as the other does.
     """
     table = Table(box=box.SIMPLE)
     table.add_column("measures")
-    columns = _levels(found)
+    columns, units = _levels(found), found.header.units
     for name, _, _ in columns:
         table.add_column(name, justify="right")
+
+    def add(title: str, a: str, b: str, rows: list[bool]) -> None:
+        pairs = [(harms[a][rows, v], harms[b][rows, v]) for _, harms, v in columns]
+        table.add_row(title, *(f"{rank_correlation(*pair):.2f}" for pair in pairs))
+
     for a, b in combinations((MSE, *found.header.reference), 2):
-        values = (rank_correlation(harms[a][:, v], harms[b][:, v]) for _, harms, v in columns)
-        table.add_row(f"{a} - {b}", *(f"{value:.2f}" for value in values))
+        add(f"{a} - {b}", a, b, [True] * len(units))
+    table.add_section()
+    for metric in dict.fromkeys(unit.metric for unit in units):
+        rows = [unit.metric == metric for unit in units]
+        add(f"{MSE} - {metric}, its {sum(rows)} units", MSE, metric, rows)
     return table
 
 
-def kinds_table(found: Sensitivity) -> Table:
-    """Mean harm of each kind of unit at the level that heat maps show, by every measure.
+def kinds_table(found: Sensitivity, v: int) -> Table:
+    """Mean harm of each kind of unit at level `v` of the weights, by every measure.
 
     As a share of the largest in its column: where metrics decouple, each kind that a metric judges
     is the worst by that metric.
     """
-    units, v = found.header.units, shown_level(found.header)
+    units = found.header.units
     table = Table(box=box.SIMPLE)
     measures = (MSE, *found.header.reference)
     kinds = list(dict.fromkeys((unit.kind, unit.metric) for unit in units))

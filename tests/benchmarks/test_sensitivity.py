@@ -99,13 +99,15 @@ def decoupled(tmp_path_factory):
 
 def test_tables_tell_what_decouples(decoupled):
     agreement = {
-        line[:20].strip(): [float(value) for value in line.split()[-2:]]
+        line[:32].strip(): [float(value) for value in line.split()[-2:]]
         for line in text(agreement_table(decoupled)).splitlines()
         if " - " in line
     }
-    assert len(agreement) == 6 and all(a == b for a, b in agreement.values())
+    assert len(agreement) == 9 and all(a == b for a, b in agreement.values())
+    alone = ("quality, its 6 units", "time, its 3 units", "text, its 3 units")
+    assert [agreement[f"mse - {group}"][0] for group in alone] == [1, 1, 1]
     assert agreement["mse - quality"][0] < 0 < agreement["mse - text"][0]
-    lines = [line.split() for line in text(kinds_table(decoupled)).splitlines()]
+    lines = [line.split() for line in text(kinds_table(decoupled, 0)).splitlines()]
     measures = next(line for line in lines if line[:1] == ["units"])[3:]
     shares = {line[0]: line[1:] for line in lines if line and line[0] in GROUPS}
     for kind, metric in GROUPS.items():

@@ -116,6 +116,20 @@ def sample_clips(
     scale: float | None = GUIDANCE_SCALE,
 ) -> Float[np.ndarray, "b f 32 32 3"]:
     """Clips in [0, 255] from noise and the states of captions, float or quantised parameters."""
+    latents = sample_states(model, params, noise, txt, steps=steps, scale=scale)
+    return to_clips(model.config, latents)
+
+
+def sample_states(
+    model: STDiTTransformer,
+    params: Any,
+    noise: Float[Array, "b c f y x"],
+    txt: Float[np.ndarray, "b s c"],
+    *,
+    steps: int = SAMPLE_STEPS,
+    scale: float | None = GUIDANCE_SCALE,
+) -> Float[np.ndarray, "b c f y x"]:
+    """The latents that `sample_clips` decodes."""
     latents = sample_latents(
         model,
         params,
@@ -125,7 +139,14 @@ def sample_clips(
         guidance=OPENSORA_1_2,
         scale=scale,
     )
-    pixels = moving_nouns.from_latent(np.asarray(latents), pixel_factor(model.config))
+    return np.asarray(latents)
+
+
+def to_clips(
+    config: STDiTConfig, latents: Float[np.ndarray, "b c f y x"]
+) -> Float[np.ndarray, "b f 32 32 3"]:
+    """Latents as clips in [0, 255]."""
+    pixels = moving_nouns.from_latent(latents, pixel_factor(config))
     return np.clip(pixels * 127.5 + 127.5, 0, 255)
 
 

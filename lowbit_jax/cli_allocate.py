@@ -13,7 +13,8 @@ from rich.console import Console
 from lowbit_jax.precision.allocate import allocate
 from lowbit_jax.precision.problem import Request
 from lowbit_jax.precision.report import allocation_table, save_heat_map, summary
-from lowbit_jax.precision.sensitivity import load_sensitivity
+from lowbit_jax.precision.sensitivity import load_sensitivity, restricted
+from lowbit_jax.quant.recipe import load_recipe
 
 TABLE_WIDTH = 160  # columns where the output is a file or a pipe
 
@@ -36,12 +37,17 @@ class Allocate:
     scheme: Literal["metric", "mse"] = "metric"
     """metric: bits shared between groups of units by MSE, inside a group by its own metric; mse:
     by MSE alone."""
+    formats: tuple[str, ...] = ()
+    """Weight formats to choose from, such as int4 int8; none: all that were scanned."""
     act_bits: int = 8
     """Of the activations of quantised units; 0 leaves them in floating point."""
     mean_act_bits: float | None = None
     """Choose activation bits too, to this mean; the scan must have tried some."""
     segments: int = 8
     """Scan segments of all stacks together, at most."""
+    like: str | None = None
+    """Recipe, by name or file, that lends every rule its balance, rotation and error feedback, such
+    as viditq-w4a8; the recipe that is written then needs statistics."""
     heat_map: Path | None = None
     """PNG to write."""
 
@@ -50,10 +56,14 @@ def run_allocate(command: Allocate, console: Console) -> None:
     """Allocate, print the table, write the recipe and the heat map.
 
     Raises:
-        ScanError: an unfinished or damaged scan. AllocationError: a budget that cannot be met.
+        ScanError: an unfinished or damaged scan, a format that it did not try.
+        AllocationError: a budget that cannot be met.
+        RecipeError: an unknown recipe to be like, or one that cannot be.
         ImportError: scipy or matplotlib is missing.
     """
     sensitivity = load_sensitivity(command.scan)
+    if command.formats:
+        sensitivity = restricted(sensitivity, command.formats)
     request = Request(
         bytes=command.bytes,
         mean_bits=command.mean_bits,
@@ -61,6 +71,7 @@ def run_allocate(command: Allocate, console: Console) -> None:
         act_bits=command.act_bits or None,
         mean_act_bits=command.mean_act_bits,
         segments=command.segments,
+        like=None if command.like is None else load_recipe(command.like),
     )
     found = allocate(sensitivity, request, command.out.stem)
     wide = console if console.is_terminal else Console(markup=False, width=TABLE_WIDTH)

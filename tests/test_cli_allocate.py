@@ -93,6 +93,10 @@ def test_bytes_schemes_and_segments_are_options(run, scan, tmp_path):
     assert all(rule.act_bits is None for rule in load_recipe(out).rules)
     code, text, _ = run("allocate", scan, "--mean-bits", 5, "--mean-act-bits", 6, "--out", out)
     assert code == 0 and {rule.act_bits for rule in load_recipe(out).rules} == {4, 8}
+    code, text, _ = run("allocate", scan, "--mean-bits", 5, "--like", "viditq-w4a8", "--out", out)
+    rules = [rule for rule in load_recipe(out).rules if "_mod" not in rule.match]
+    rotated = {rule.rotation for rule in rules if "modulation" not in rule.match}
+    assert code == 0 and rotated == {"auto"} and load_recipe(out).needs_statistics
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,8 @@ def test_bytes_schemes_and_segments_are_options(run, scan, tmp_path):
     [
         (("--mean-bits", 2.5), "2.500 bits per weight, cannot be reached: the smallest is "),
         ((), "give one of them"),
+        (("--mean-bits", 4, "--formats", "int3"), "tried ternary, int4, int8, not int3"),
+        (("--mean-bits", 4, "--like", "viditq"), "recipe 'viditq' is neither a file nor one of"),
         (("--mean-bits", 4, "--bytes", 10), "give one of them"),
     ],
 )

@@ -11,12 +11,15 @@ one picture. Then
 
 So a clip that moves wrongly loses in time alone, one of another noun in text and quality, and
 flicker of zero mean in flicker. Only the distance to the exact frames counts everything.
+`margins` says by how much parts and motion are right, where `scores` says whether they are;
+`motion_psnr` is time in one continuous number.
 
 Shape letters: b batch, f frames, h and w rows and columns. Clips are in [0, 255], of any dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +29,7 @@ from lowbit_jax.evaluation import moving_nouns
 from lowbit_jax.evaluation.metrics import psnr
 from lowbit_jax.evaluation.moving_nouns import DIRECTIONS, KINDS, PARTS, SPEEDS, Scene
 
-BACKGROUND = KINDS.index("background")
+BACKGROUND, DIRECTION, SPEED = map(KINDS.index, ("background", "direction", "speed"))
 
 
 class Metric(NamedTuple):
@@ -101,6 +104,77 @@ def scores(
     }
 
 
+def margins(
+    scene: Scene, clips: Num[np.ndarray, "b f h w 3"], attrs: Int[np.ndarray, "b 6"]
+) -> dict[str, Float[np.ndarray, "b"]]:
+    """How clearly each part, and the motion, is the asked-for one; continuous.
+
+    The smallest, over the candidates w other than the asked-for t, of
+    (|x - w|^2 - |x - t|^2) / |w - t|^2: 1 in the exact clip, 0 halfway between t and some w,
+    negative where another one is nearer. Of head, glasses, body and background, x is the mean
+    steady frame; the candidates are stills. Of "motion", x is the clip, and the candidates are its
+    own mean steady frame in each of the 16 motions: what the picture shows does not matter.
+
+    Args:
+        scene: the candidates.
+        clips: what was generated, in [0, 255].
+        attrs: what was asked for.
+    """
+    clips = np.asarray(clips, np.float64)
+    background, found = find(scene, clips, attrs)
+    picture = moving_nouns.shift(clips, -found).mean(axis=1)
+    seen = _with(attrs, BACKGROUND, background)
+    out = {}
+    for kind in PARTS:
+        column, others = KINDS.index(kind), attrs if kind == "background" else seen
+        values = range(len(scene.names[kind]))
+        stills = [moving_nouns.still(scene, _with(others, column, v)) for v in values]
+        out[kind] = _margin(picture, stills, attrs[:, column])
+    still = np.broadcast_to(picture[:, None], clips.shape)
+    moved = []
+    for direction, speed in np.ndindex(len(DIRECTIONS), len(SPEEDS)):
+        motion = _with(_with(attrs, DIRECTION, direction), SPEED, speed)
+        moved.append(moving_nouns.shift(still, moving_nouns.track(motion, clips.shape[1])))
+    asked = attrs[:, DIRECTION] * len(SPEEDS) + attrs[:, SPEED]
+    return out | {"motion": _margin(clips, moved, asked)}
+
+
+def motion_psnr(
+    scene: Scene, clips: Num[np.ndarray, "b f h w 3"], attrs: Int[np.ndarray, "b 6"]
+) -> Float[np.ndarray, "b"]:
+    """dB of each clip to its own mean steady frame moving as asked; inf where it does exactly so.
+
+    Wrong places and flicker count, what the picture shows does not: time in one number.
+
+    Args:
+        scene: the candidates.
+        clips: what was generated, in [0, 255].
+        attrs: what was asked for.
+    """
+    clips = np.asarray(clips, np.float64)
+    _, found = find(scene, clips, attrs)
+    picture = moving_nouns.shift(clips, -found).mean(axis=1, keepdims=True)
+    still = np.broadcast_to(picture, clips.shape)
+    moved = moving_nouns.shift(still, moving_nouns.track(attrs, clips.shape[1]))
+    return psnr(clips / 255, moved / 255)
+
+
+def _margin(
+    x: Float[np.ndarray, "b ..."],
+    candidates: Sequence[Num[np.ndarray, "b ..."]],
+    asked: Int[np.ndarray, "b"],
+) -> Float[np.ndarray, "b"]:
+    """See `margins`; a candidate that looks like the asked-for one does not count."""
+    rows = np.arange(len(x))
+    stacked = np.stack(candidates).astype(np.float64)
+    target = stacked[asked, rows]
+    errors = np.stack([_mean_square(x - w) for w in stacked], axis=1)
+    apart = np.stack([_mean_square(target - w) for w in stacked], axis=1)
+    ahead = errors - errors[rows, asked][:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(apart > 0, ahead / apart, np.inf).min(axis=1)
+
+
 def find(
     scene: Scene, clips: Float[np.ndarray, "b f h w 3"], attrs: Int[np.ndarray, "b 6"]
 ) -> tuple[Int[np.ndarray, "b"], Int[np.ndarray, "b f 2"]]:
@@ -166,8 +240,8 @@ def right_motion(
     off = moving_nouns.short_way(steps - moving_nouns.velocity(every))
     errors = np.square(off).sum(axis=(1, 3)).reshape(-1, len(DIRECTIONS), len(SPEEDS))
     return {
-        "direction": _is_least(errors.min(axis=2), attrs[:, KINDS.index("direction")]),
-        "speed": _is_least(errors.min(axis=1), attrs[:, KINDS.index("speed")]),
+        "direction": _is_least(errors.min(axis=2), attrs[:, DIRECTION]),
+        "speed": _is_least(errors.min(axis=1), attrs[:, SPEED]),
     }
 
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float64
 
-from lowbit_jax.precision.menu import FLOAT, level_name, planned_sizes
+from lowbit_jax.precision.menu import FLOAT, FLOAT_BITS, level_name, planned_sizes
 from lowbit_jax.precision.problem import Problem, Request, abstract_params, pose
 from lowbit_jax.precision.programme import Budget, cost_of, solve
 from lowbit_jax.precision.records import MSE, Header
-from lowbit_jax.precision.rules import recipe_of
+from lowbit_jax.precision.rules import recipe_of, rule_of
 from lowbit_jax.precision.sensitivity import Sensitivity
 from lowbit_jax.quant.recipe import Recipe
 from lowbit_jax.quant.report import SizeReport
@@ -76,6 +76,28 @@ def allocate(sensitivity: Sensitivity, request: Request, name: str = "mixed") ->
     return _allocation(problem, request, chosen, name)
 
 
+def uniform(
+    sensitivity: Sensitivity, level: str, act_bits: int | None = 8, name: str = "uniform"
+) -> Allocation:
+    """One level for every unit: what an allocation has to be better than.
+
+    Args:
+        sensitivity: of a finished scan.
+        level: of the weights, see `menu.level_name`.
+        act_bits: of the activations; None: floating point.
+        name: of the recipe.
+
+    Raises:
+        ValueError: a level that is not in the scan's menu.
+    """
+    names = [level_name(spec) for spec in sensitivity.header.menu]
+    if level not in names:
+        raise ValueError(f"level '{level}' is none of the scan's: {', '.join(names)}")
+    request = Request(mean_bits=FLOAT_BITS, act_bits=act_bits, segments=None)
+    chosen = [names.index(level)] * len(sensitivity.header.units)
+    return _allocation(pose(sensitivity, request), request, chosen, name)
+
+
 def group_budgets(problem: Problem, chosen: Sequence[int]) -> list[Budget]:
     """What each group spends of each budget in a choice, as its own budget."""
     found = []
@@ -117,20 +139,24 @@ def _allocation(problem: Problem, request: Request, chosen: Sequence[int], name:
     header, u = problem.header, len(problem.header.units)
     names = [*(level_name(spec) for spec in header.menu), FLOAT]
     levels = tuple(names[v] for v in chosen[:u])
-    if request.mean_act_bits is None:
-        acts = tuple(None if level == FLOAT else request.act_bits for level in levels)
-    else:
-        acts = tuple([*header.act_bits, None][v] for v in chosen[u:])
+    acts = [request.act_bits] * u
+    if request.mean_act_bits is not None:
+        acts = [[*header.act_bits, None][v] for v in chosen[u:]]
+    specs = [*header.menu, None]
+    rules = [
+        rule_of(unit, specs[v], bits, request.like)
+        for unit, v, bits in zip(header.units, chosen, acts, strict=False)
+    ]
     harm = {
         measure: np.array([rows[i][v] for i, v in enumerate(chosen)]).reshape(-1, u).sum(axis=0)
         for measure, rows in problem.harms.items()
     }
     cuts = problem.programme(problem.harms[MSE], ()).cuts_of(chosen)
-    recipe = recipe_of(header, levels, acts, name)
+    recipe = recipe_of(header.units, rules, name, request.like)
     return Allocation(
         header=header,
         levels=levels,
-        act_bits=acts,
+        act_bits=tuple(rule.act_bits for rule in rules),
         harm=harm,
         segments=problem.base_segments + cuts,
         recipe=recipe,

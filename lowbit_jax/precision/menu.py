@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,12 +11,13 @@ import jax
 import numpy as np
 
 from lowbit_jax.checkpoint_parts import OUTER, iter_parts
+from lowbit_jax.precision.rules import rule_of
 from lowbit_jax.precision.units import Unit
 from lowbit_jax.quant.qtensor import tree_bytes
-from lowbit_jax.quant.recipe import Recipe, Rule, WeightSpec
+from lowbit_jax.quant.recipe import Balance, Recipe, Rule, WeightSpec
 from lowbit_jax.quant.report import SizeReport, size_report
 from lowbit_jax.quant.stacks import iter_layers, layer_paths
-from lowbit_jax.quant.weights import quantize_kernel
+from lowbit_jax.quant.weights import Given, treat_kernel
 from pallas_kernels.formats import FORMATS
 
 FLOAT = "float"  # name of the level that is not quantised
@@ -42,30 +44,52 @@ def short_name(level: str) -> str:
     return str(FORMATS[word].bits) if word in FORMATS else word
 
 
-def unit_bytes(params: Any, units: Sequence[Unit], menu: Sequence[WeightSpec]) -> np.ndarray:
+def unit_bytes(
+    params: Any, units: Sequence[Unit], menu: Sequence[WeightSpec], like: Recipe | None = None
+) -> np.ndarray:
     """Bytes of each unit's kernels in each level: int64[units, levels], floating point last.
 
-    Of shapes alone, all that is stored: codes with their padding, scales, zero points; floating
-    kernels in their own dtype. Biases are the same in every level and not in it.
+    Of shapes alone, all that is stored: codes with their padding, scales, zero points, masks;
+    floating kernels in their own dtype. Biases are the same in every level and not in it.
+
+    Args:
+        params: parameters, or their shapes.
+        units: of the model.
+        menu: levels of the weights.
+        like: recipe that lends its transforms, see `rules.rule_of`.
     """
-    rows = {}
+    floating = {}
     for path, kernel, index in iter_layers(params):
         shape = kernel.shape if index is None else kernel.shape[1:]
-        floating = jax.ShapeDtypeStruct(shape, kernel.dtype)
-        rows[path] = [
-            *(tree_bytes(_planned(floating, spec)) for spec in menu),
-            tree_bytes(floating),
-        ]
-    return np.array(
-        [np.sum([rows[layer] for layer in unit.layers], axis=0) for unit in units], np.int64
+        floating[path] = jax.ShapeDtypeStruct(shape, kernel.dtype)
+
+    def row(unit: Unit) -> list[int]:
+        rules = [rule_of(unit, spec, 8, like) for spec in menu]
+        kernels = [floating[layer] for layer in unit.layers]
+        sizes = [sum(tree_bytes(_planned(kernel, rule)) for kernel in kernels) for rule in rules]
+        return [*sizes, sum(map(tree_bytes, kernels))]
+
+    return np.array([row(unit) for unit in units], np.int64)
+
+
+def _planned(kernel: jax.ShapeDtypeStruct, rule: Rule) -> Any:
+    """The shapes of a quantised kernel: which codes and which mask they are does not matter."""
+    assert rule.weights is not None
+    alike = dataclasses.replace(
+        rule,
+        match="",
+        weights=dataclasses.replace(rule.weights, feedback=None),
+        balance=None if rule.balance is None else Balance(alpha=0.5),
     )
+    return _treated(kernel, alike)
 
 
 @lru_cache(maxsize=1024)
-def _planned(kernel: jax.ShapeDtypeStruct, spec: WeightSpec) -> Any:
-    """The shapes of a quantised kernel."""
-    rule = Rule(match="", weights=spec)
-    return jax.eval_shape(lambda w: quantize_kernel(w, rule), kernel)
+def _treated(kernel: jax.ShapeDtypeStruct, rule: Rule) -> Any:
+    channels: Any = jax.ShapeDtypeStruct(kernel.shape[:1], np.float32)
+    number: Any = jax.ShapeDtypeStruct((), np.float32)
+    given = Given(absmax=channels, alpha=number, signs=channels)
+    return jax.eval_shape(lambda w, g: treat_kernel(w, rule, g), kernel, given)
 
 
 def planned_sizes(params: Any, recipe: Recipe) -> SizeReport:
@@ -81,7 +105,7 @@ def planned_sizes(params: Any, recipe: Recipe) -> SizeReport:
         rule = chosen[linear if part == OUTER else f"{part}/{linear}"] if name == "kernel" else None
         if rule is None or rule.weights is None:
             return leaf
-        return _planned(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rule.weights)
+        return _planned(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rule)
 
     return size_report(
         (part, {path: plan(part, path, leaf) for path, leaf in leaves.items()})

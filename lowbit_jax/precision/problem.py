@@ -40,9 +40,12 @@ class Request:
         mean_act_bits: choose them too, to this mean (weighted by the weights they meet), in place
             of `act_bits`; the scan must have tried some.
         segments: of all stacks together, at most; None: any number.
+        like: recipe that lends balance, rotation, error feedback and static scales to every rule,
+            see `rules.rule_of`. The harms are those of the scan, which had none of them.
 
     Raises:
-        AllocationError: no budget, or two; an unknown scheme.
+        AllocationError: no budget, or two; an unknown scheme; `like` with `mean_act_bits`, as it
+            may leave inputs in floating point that a budget of activation bits would count.
     """
 
     bytes: int | None = None
@@ -51,6 +54,7 @@ class Request:
     act_bits: int | None = 8
     mean_act_bits: float | None = None
     segments: int | None = 8
+    like: Recipe | None = None
 
     def __post_init__(self) -> None:
         if (self.bytes is None) == (self.mean_bits is None):
@@ -59,6 +63,10 @@ class Request:
             )
         if self.scheme not in get_args(Scheme):
             raise AllocationError(f"scheme '{self.scheme}' is none of {get_args(Scheme)}")
+        if self.like is not None and self.mean_act_bits is not None:
+            raise AllocationError(
+                f"mean_act_bits {self.mean_act_bits:g} with like '{self.like.name}': give act_bits"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +117,7 @@ def pose(sensitivity: Sensitivity, request: Request) -> Problem:
     """
     header = sensitivity.header
     params, units = abstract_params(header), header.units
-    kernel_bytes = unit_bytes(params, units, header.menu)
+    kernel_bytes = unit_bytes(params, units, header.menu, request.like)
     parts: list[tuple[Any, Any]] = [(sensitivity.weights, kernel_bytes)]
     budgets = [_bytes_budget(params, kernel_bytes, request)]
     stacks = list(stacks_of(params))

@@ -5,7 +5,9 @@ Shape letters: u units, v levels.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +31,30 @@ class Sensitivity:
     header: Header
     weights: dict[str, Float64[np.ndarray, "u v"]]
     acts: dict[str, Float64[np.ndarray, "u v"]]
+
+
+def restricted(sensitivity: Sensitivity, formats: Sequence[str]) -> Sensitivity:
+    """The same scan with some of its weight levels alone: what an allocation may choose from.
+
+    Args:
+        sensitivity: of a finished scan.
+        formats: of the weights, such as ("int4", "int8").
+
+    Raises:
+        ScanError: a format that the scan did not try.
+    """
+    menu = sensitivity.header.menu
+    known = [spec.format for spec in menu]
+    wrong = [name for name in formats if name not in known]
+    if wrong or not formats:
+        raise ScanError(f"the scan tried {', '.join(known)}, not {', '.join(wrong) or 'nothing'}")
+    kept = [v for v, name in enumerate(known) if name in formats]
+    columns = [*kept, len(menu)]  # floating point last
+    return Sensitivity(
+        header=dataclasses.replace(sensitivity.header, menu=tuple(menu[v] for v in kept)),
+        weights={name: harms[:, columns] for name, harms in sensitivity.weights.items()},
+        acts=sensitivity.acts,
+    )
 
 
 def load_sensitivity(path: str | os.PathLike[str]) -> Sensitivity:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.mixed_precision import Levels, check_bits
-from benchmarks.nouns_sensitivity import rank_correlation
+from benchmarks.sensitivity import rank_correlation
 from lowbit_jax.checkpoint import SavedModel
 from lowbit_jax.models import flux
 from lowbit_jax.precision.allocate import allocate

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lowbit_jax.evaluation import clip_scores, moving_nouns
-from lowbit_jax.evaluation.clip_scores import METRICS, scores
+from lowbit_jax.evaluation.clip_scores import METRICS, margins, motion_psnr, scores
 from lowbit_jax.evaluation.moving_nouns import KINDS
 from tests.references.scenes import made_up_scene
 
@@ -153,3 +153,58 @@ def test_what_cannot_be_judged_is_refused(scene, attrs):
     clips[3, 0, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"clips \[3\]"):
         scores(scene, clips, attrs)
+
+
+def test_margins_by_hand(scene, attrs):
+    clips = moving_nouns.clips(scene, attrs).astype(float)
+    found = margins(scene, clips, attrs)
+    assert set(found) == {"head", "glasses", "body", "background", "motion"}
+    for values in found.values():
+        np.testing.assert_allclose(values, 1)
+    # of two clips in one, a quarter of the way: 1 - 2/4 where the other is the nearest candidate
+    two = attrs.copy()
+    two[:, KINDS.index("body")] += 1
+    two[:, KINDS.index("body")] %= scene.counts[KINDS.index("body")]
+    mixed = 0.75 * clips + 0.25 * moving_nouns.clips(scene, two)
+    found = margins(scene, mixed, attrs)
+    assert (found["body"] < 0.5 + 1e-9).all()
+    np.testing.assert_allclose(found["motion"], 1)
+    for values in (found["head"], found["background"]):
+        assert (values > 0.9).all()  # hidden or not, the body is another part
+
+
+@pytest.mark.parametrize("kind", ["head", "glasses", "body", "background", "direction", "speed"])
+def test_margins_are_negative_where_another_one_is_right(scene, attrs, kind):
+    clips = moving_nouns.clips(scene, changed(scene, attrs, kind))
+    found = margins(scene, clips, attrs)
+    seen = "motion" if kind in ("direction", "speed") else kind
+    # there is the candidate that the clip is: it is nearer by all that parts the two
+    np.testing.assert_array_less(found[seen], -0.999)
+    if seen != "motion":
+        np.testing.assert_allclose(found["motion"], 1)
+    else:
+        for part in moving_nouns.PARTS:
+            np.testing.assert_allclose(found[part], 1)
+
+
+def test_margins_tell_right_from_wrong_as_scores_do(scene, attrs):
+    noise = np.random.default_rng(5).normal(0, 2000, (24, 8, 32, 32, 3))
+    clips = moving_nouns.clips(scene, attrs) + noise
+    right, found = scores(scene, clips, attrs), margins(scene, clips, attrs)
+    assert 0.1 < np.mean([right[part] for part in moving_nouns.PARTS]) < 0.95
+    for part in moving_nouns.PARTS:
+        np.testing.assert_array_equal(found[part] > 0, right[part])
+
+
+def test_motion_in_db_is_blind_to_what_is_shown(scene, attrs):
+    clips = moving_nouns.clips(scene, attrs).astype(float)
+    assert (motion_psnr(scene, clips, attrs) == np.inf).all()
+    other = moving_nouns.clips(scene, changed(scene, attrs, "head"))
+    assert (motion_psnr(scene, other, attrs) == np.inf).all()
+    signs = np.where(np.arange(8) % 2, 5.0, -5.0)[:, None, None, None]
+    flicker = motion_psnr(scene, clips + signs, attrs)
+    np.testing.assert_allclose(flicker, 20 * np.log10(255 / 5))
+    wrong = moving_nouns.clips(scene, changed(scene, attrs, "direction"))
+    first = moving_nouns.clips(scene, attrs)
+    error = np.square(wrong.astype(float) - first).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(motion_psnr(scene, wrong, attrs), 10 * np.log10(255**2 / error))

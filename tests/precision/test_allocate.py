@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lowbit_jax.calibration.ranges import WHOLE_FLOW
+from lowbit_jax.calibration.statistics import LayerStatistics, Statistics
 from lowbit_jax.checkpoint_parts import iter_parts
 from lowbit_jax.models import flux
-from lowbit_jax.precision.allocate import allocate
+from lowbit_jax.precision.allocate import allocate, uniform
 from lowbit_jax.precision.menu import FLOAT, MENU, check_menu, level_name, unit_bytes
 from lowbit_jax.precision.problem import Request, monotone, pose, stacks_of
 from lowbit_jax.precision.programme import AllocationError
-from lowbit_jax.precision.records import MSE
+from lowbit_jax.precision.records import MSE, ScanError
+from lowbit_jax.precision.sensitivity import restricted
 from lowbit_jax.quant.qtensor import QTensor
-from lowbit_jax.quant.recipe import Recipe, WeightSpec
+from lowbit_jax.quant.recipe import RECIPES, Recipe, RecipeError, WeightSpec
 from lowbit_jax.quant.report import size_report
 from lowbit_jax.quant.stacks import iter_layers
 from lowbit_jax.quant.transform import quantize
@@ -219,3 +222,94 @@ def test_a_problem_has_a_place_for_every_pair_of_neighbours(found):
     problem = pose(found, Request(mean_bits=12.0, mean_act_bits=6.0))
     assert len(problem.places) == (2 - 1) + (4 - 1)
     assert [len(pairs) for pairs in problem.places] == [2 * 6, *[2 * 3] * 3]
+
+
+LIKE = RECIPES["viditq-w4a8"]
+
+
+def test_a_recipe_lends_its_transforms_and_their_bytes_are_counted(found):
+    """Every level is balanced, rotated and rounded with feedback, as `quantize` then stores it."""
+    made = allocate(found, Request(mean_bits=10.5, like=LIKE))
+    assert made.sizes.bits_per_weight <= 10.5 and made.recipe.seed == LIKE.seed
+    assert Recipe.from_json(json.loads(json.dumps(made.recipe.to_json()))) == made.recipe
+    kernels = {path: kernel for path, kernel, _ in iter_layers(PARAMS)}
+    channels = lambda path: kernels[path].shape[-2]  # noqa: E731
+    layers = {
+        path: LayerStatistics(
+            absmax=np.ones((1, 1, channels(path)), np.float32),
+            total=np.zeros((1, 1, channels(path))),
+            squares=np.ones((1, 1, channels(path))),
+            count=np.full((1, 1), 4),
+            gram=np.eye(channels(path)),
+        )
+        for path in kernels
+    }
+    statistics = Statistics(
+        layers=layers,
+        ranges=WHOLE_FLOW,
+        halves=("all",),
+        model="flux",
+        config=json.dumps(found.header.config),
+        samples=1,
+        digest="",
+    )
+    plan = jax.eval_shape(lambda: quantize(zeros(), made.recipe, statistics))
+    assert size_report(iter_parts(plan)).after == made.sizes.after
+    assert len(stacks_of(plan)) == made.segments <= 8
+    levels = {
+        path: at
+        for unit, at in zip(made.header.units, made.levels, strict=True)
+        for path in unit.layers
+    }
+    for path, kernel, _ in iter_layers(plan):
+        level = levels.get(path, FLOAT)
+        assert isinstance(kernel, QTensor) == (level != FLOAT)
+        if level == FLOAT:
+            continue
+        time = path.endswith("/lin")  # modulations: neither, and floating inputs
+        rule = made.recipe.rule_for(path)
+        assert rule.needs_grams == rule.chooses_alpha == (not time)
+        assert (kernel.mask is None, kernel.rotation is None) == (time, time)
+        assert kernel.act_bits == (None if time else 8)
+
+
+def test_masks_take_their_bytes(found):
+    """A float32 for every input channel, at every level but floating point."""
+    units = found.header.units
+    plain, masked = (unit_bytes(PARAMS, units, MENU, like) for like in (None, LIKE))
+    widths = {path: kernel.shape[-2] for path, kernel, _ in iter_layers(PARAMS)}
+    for unit, before, after in zip(units, plain, masked, strict=True):
+        masks = 4 * sum(widths[layer] for layer in unit.layers if not layer.endswith("/lin"))
+        assert (after - before).tolist() == [masks] * len(MENU) + [0]
+
+
+def test_what_cannot_be_lent_is_refused(found):
+    with pytest.raises(AllocationError, match="mean_act_bits 6 with like 'viditq-w4a8'"):
+        Request(mean_bits=10, mean_act_bits=6, like=LIKE)
+    ranged = RECIPES["viditq-v1-w4a8"]
+    with pytest.raises(RecipeError, match="for each of 2 timestep ranges"):
+        allocate(found, Request(mean_bits=10, like=ranged))
+    split = LIKE.keeping(".*/img_attn/proj")
+    with pytest.raises(RecipeError, match="img_attn/qkv otherwise than .*/img_attn/proj"):
+        allocate(found, Request(mean_bits=10, like=split))
+
+
+def test_one_level_for_all(found):
+    made = uniform(found, level_name(MENU[1]), act_bits=None)
+    assert set(made.levels) == {level_name(MENU[1])} and set(made.act_bits) == {None}
+    assert len(made.recipe.rules) == 2  # of two stacks
+    with pytest.raises(ValueError, match="'int5' is none of the scan's: ternary"):
+        uniform(found, "int5")
+
+
+def test_some_formats_alone(found):
+    """Ternary ones are left out: no cheaper budget, and harms of the others stay theirs."""
+    some = restricted(found, ("int8", "int4"))
+    assert [spec.format for spec in some.header.menu] == ["int4", "int8"]
+    for measure, harms in some.weights.items():
+        np.testing.assert_array_equal(harms, found.weights[measure][:, [1, 3, 4]])
+    made = allocate(some, Request(mean_bits=12.0))
+    assert {level.split()[0] for level in made.levels} <= {"int4", "int8", FLOAT}
+    for formats, said in ((("int5",), "int5"), ((), "nothing")):
+        with pytest.raises(ScanError, match=f"tried ternary, int4, int6, int8, not {said}"):
+            restricted(found, formats)

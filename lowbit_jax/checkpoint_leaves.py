@@ -51,6 +51,7 @@ def store_leaf(
         "shape": list(leaf.shape),
         "group": leaf.group,
         "act_bits": leaf.act_bits,
+        **({} if leaf.act_symmetric else {"act_symmetric": False}),
         **_rotation(leaf),
     }
     codes = leaf.codes
@@ -154,4 +155,5 @@ def _made(spec: Mapping[str, Any], arrays: Mapping[str, Any]) -> QTensor | Trans
         group=spec["group"],
         act_bits=spec["act_bits"],
         rotation=rotation,
+        act_symmetric=spec.get("act_symmetric", True),
     )

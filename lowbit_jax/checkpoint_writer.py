@@ -39,7 +39,7 @@ from lowbit_jax.checkpoint_store import (
 )
 from lowbit_jax.quant.qtensor import LAYOUT_VERSION
 
-FORMAT_VERSION = 2  # 1 had no masks, rotations and static scales
+FORMAT_VERSION = 3  # 1 had no masks, rotations and static scales, 2 no asymmetric activations
 
 
 class Writer:

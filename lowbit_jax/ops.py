@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.quant.asymmetric import asymmetric_product, asymmetric_rows
 from lowbit_jax.quant.fake import FakeQuantKernel, fake_quantize_rows
 from lowbit_jax.quant.lora import LoraKernel
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
@@ -16,6 +17,7 @@ from lowbit_jax.sharding.kernel import ShardedKernel
 from lowbit_jax.sharding.linear import sharded_linear
 from lowbit_jax.sharding.parts import cut, join, width
 from pallas_kernels import api
+from pallas_kernels.reference import epilogue
 from pallas_kernels.reference_rows import ROTATIONS
 from pallas_kernels.rows import QuantizedRows
 
@@ -64,7 +66,8 @@ def linear(
 
     A `QTensor` with `act_bits` quantises each row of the input on the fly and multiplies integers;
     without, its codes are multiplied with the input as it is. On CUDA both are one kernel, with
-    what comes after the sum in it (`pallas_kernels.api`). A `FakeQuantKernel` stands for the same
+    what comes after the sum in it (`pallas_kernels.api`); of asymmetric rows it is the product of
+    the integers alone. A `FakeQuantKernel` stands for the same
     numbers in float32.
 
     A `QTensor` or `TransformedKernel` that is balanced or rotated takes `(before(x) * mask) @ R`,
@@ -192,6 +195,14 @@ _float_matmul.defvjp(_float_matmul_fwd, _float_matmul_bwd)
 @jax.custom_vjp
 def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
     n, k = weight.shape
+    gate = None if gate is None else gate.reshape(-1, n)
+    residual = None if residual is None else residual.reshape(-1, n)
+    out_dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
+    if weight.act_bits is not None and not weight.act_symmetric:
+        floats = _transformed(x, weight.mask, weight.rotation, before).reshape(-1, k)
+        y = asymmetric_product(asymmetric_rows(floats, weight.act_bits), weight)
+        y = epilogue(y, bias, gate, residual, out_dtype)
+        return y.astype(x.dtype).reshape(*x.shape[:-1], n)
     if weight.act_bits is None:
         rows = _float_rows(x, weight, before).reshape(-1, k)
     else:
@@ -205,9 +216,9 @@ def _quantized_linear(x, weight: QTensor, bias, before, gate, residual):
         format=weight.format,
         group=weight.group,
         bias=bias,
-        gate=None if gate is None else gate.reshape(-1, n),
-        residual=None if residual is None else residual.reshape(-1, n),
-        out_dtype=x.dtype if x.dtype == jnp.bfloat16 else jnp.float32,
+        gate=gate,
+        residual=residual,
+        out_dtype=out_dtype,
     )
     return y.astype(x.dtype).reshape(*x.shape[:-1], n)
 

@@ -29,7 +29,7 @@ from pallas_kernels.tiles import Tile
 
 # An int32 sum of a part that starts from the bits of the float 1.5 * 2^23 is, bit for bit, that
 # float plus the sum, as long as it stays below 2^22: a subtraction replaces a conversion, which
-# would take a slot of the integer pipe. Parts of at most 128 inputs do: 128 * 127 * 255 < 2^22.
+# would take a slot of the integer pipe. Parts of at most 128 inputs do: 128 * 128 * 255 < 2^22.
 MAGIC = 1.5 * 2**23
 MAGIC_BITS = 0x4B400000
 _ROW_BY_ROW = (((1,), (1,)), ((), ()))  # contract k, the last axis of both

@@ -73,7 +73,7 @@ def test_inspect_verifies_when_asked(run, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 7}, "format_version is 7, this library reads 1, 2"),
+        ({"format_version": 7}, "format_version is 7, this library reads 1, 2, 3"),
         ({"config": None}, "manifest.json is incomplete"),
         ({"parts": {"outer": {"a": {"kind": "array", "shape": [2], "dtype": "??"}}}}, "incomplete"),
         ({"recipe": {}}, "manifest.json is incomplete: 'name'"),

@@ -46,6 +46,7 @@ class QTensor:
             those of a randomised rotation; None for neither.
         rotation: block size of the rotation of the input after the mask; None for none.
         act_scale: one scale for all rows of the input, whatever they hold; None for one of each.
+        act_symmetric: False gives each row of the input a zero point too, see `quant.asymmetric`.
     """
 
     codes: Int8[Array, "... n k"] | UInt8[Array, "... n bytes"]
@@ -59,6 +60,7 @@ class QTensor:
     mask: Float32[Array, "... k"] | None = None
     rotation: int | None = _static()
     act_scale: Float32[Array, "..."] | None = None
+    act_symmetric: bool = _static(True)
 
     @property
     def layers(self) -> int:

@@ -38,6 +38,7 @@ class Rule:
             quantises, and else "full"; None for none.
         act_static: one scale for all tokens, steps and samples, from statistics, instead of one per
             token: the naive baseline. Not with a rotation: statistics are of channels as they are.
+        act_symmetric: False gives each token a zero point too, see `quant.asymmetric`.
         optional: the rule may decide nothing, as those of recipes for many networks.
     """
 
@@ -47,6 +48,7 @@ class Rule:
     balance: Balance | None = None
     rotation: int | str | None = None
     act_static: bool = False
+    act_symmetric: bool = True
     optional: bool = False
 
     @property
@@ -89,13 +91,18 @@ class Rule:
                 f"rule '{self.match}': rotation {self.rotation!r} is neither a block size, 'full' "
                 "nor 'auto'"
             )
-        for name in ("act_static", "optional"):
+        for name in ("act_static", "act_symmetric", "optional"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"rule '{self.match}': {name} is no boolean")
         if self.chooses_alpha and self.weights is None:
             raise RecipeError(f"rule '{self.match}': alpha 'auto' needs quantised weights")
         if self.act_static and (self.act_bits is None or self.rotation is not None):
             raise RecipeError(f"rule '{self.match}': act_static needs act_bits and no rotation")
+        if not self.act_symmetric and (self.act_bits is None or self.act_static):
+            raise RecipeError(
+                f"rule '{self.match}': act_symmetric false needs act_bits and no act_static "
+                "(statistics hold magnitudes, and so no zero point)"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,8 +110,9 @@ def describe(leaf: Any) -> str:
     else:
         sharing = "tensor" if leaf.scale.shape[-2] == 1 < leaf.shape[0] else "channel"
     zero = "" if leaf.zero is None else ", zero points"
-    static = "" if leaf.act_scale is None else "static "
-    acts = "" if leaf.act_bits is None else f", {static}int{leaf.act_bits} activations"
+    how = "" if leaf.act_scale is None else "static "
+    how = how if leaf.act_symmetric else "asymmetric "
+    acts = "" if leaf.act_bits is None else f", {how}int{leaf.act_bits} activations"
     bits = FORMATS[leaf.format].bits
     return f"{leaf.format} ({bits} bit) per {sharing}{zero}{acts}{_transforms(leaf)}"
 

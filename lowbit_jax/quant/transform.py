@@ -179,7 +179,8 @@ class Treatment:
             return None
         balanced = rule.balance is not None
         ranges = rule.balance and rule.balance.ranges
-        return rule.weights, rule.act_bits, rule.act_static, balanced, ranges, rule.rotation
+        acts = rule.act_bits, rule.act_static, rule.act_symmetric
+        return rule.weights, acts, balanced, ranges, rule.rotation
 
     def given(self, path: str, k: int) -> Given:
         """What the rule of a layer needs beside the weights."""

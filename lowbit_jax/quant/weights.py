@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from lowbit_jax.quant import feedback, hadamard, quantizers
+from lowbit_jax.quant.asymmetric import asymmetric_rows
 from lowbit_jax.quant.masks import SMALLEST, channel_mask
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, transform_rows
 from lowbit_jax.quant.recipe import Feedback, Rule, WeightSpec
@@ -183,6 +184,8 @@ def _best_mask(rule: Rule, columns: Array, given: Given, sample: Array) -> Float
         if static is not None and bits is not None:
             most = 2 ** (bits - 1) - 1
             rows = jnp.clip(jnp.round(rows / static), -most, most) * static
+        elif bits is not None and not rule.act_symmetric:
+            rows = asymmetric_rows(rows, bits).dequantize()
         elif bits is not None:
             codes, scale, _ = reference_rows.quantize_rows(rows, bits)
             rows = codes * scale
@@ -255,6 +258,7 @@ def quantize_weight(
         shape=(n, k),
         group=min(group or k, k),
         act_bits=rule.act_bits,
+        act_symmetric=rule.act_symmetric,
     )
 
 

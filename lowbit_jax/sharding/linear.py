@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
+from lowbit_jax.quant.asymmetric import asymmetric_product, asymmetric_rows
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel, static_rows, transform_rows
 from lowbit_jax.sharding.kernel import ShardedKernel, is_lie, lies, local
 from lowbit_jax.sharding.parts import cut, join, offsets
@@ -174,6 +175,11 @@ def _summed(x, weight, before, split, alone: bool) -> Float32[Array, "... n"]:
 
 def _summed_codes(x: Float32[Array, "m k"], weight: QTensor, axis: str) -> Float32[Array, "m n"]:
     """The product of quantised rows, summed over devices before any scale if it can be."""
+    if not weight.act_symmetric:
+        assert weight.act_bits is not None
+        floats = transform_rows(x, weight.mask, weight.rotation)
+        shifted = asymmetric_rows(floats, weight.act_bits, axis)
+        return asymmetric_product(shifted, weight, partial(lax.psum, axis_name=axis))
     rows = _quantized_rows(x, weight, axis)
     if weight.scale.shape[-1] > 1:  # a scale in every group, so sums are no integers
         return lax.psum(_matmul(rows, weight, weight.scale), axis)

@@ -49,7 +49,7 @@ CASES = [
     ("int4-groups", "outputs"),
     ("int4-groups-a8", "inputs"),
     *(("ternary-a8", how) for how in ("outputs", "inputs", "inputs-adaln", "gathered", "stored")),
-    *(("ternary-a8", f"inputs-{extra}") for extra in ("masked-static", "rotated")),
+    *(("ternary-a8", f"inputs-{extra}") for extra in ("masked-static", "asymmetric", "rotated")),
 ]
 WITH_GRADIENTS = [("float", "inputs"), ("ternary-a8", "outputs"), ("ternary-a8", "inputs")]
 
@@ -65,7 +65,9 @@ def difference(one, other):
 
 
 def transformed(kernel, extra, mask):
-    """A kernel whose input is masked, rotated, or quantised by one scale for all rows."""
+    """A kernel whose input is masked, rotated, or quantised in another way."""
+    if "asymmetric" in extra:
+        return dataclasses.replace(kernel, act_symmetric=False)
     if "rotated" in extra:
         return dataclasses.replace(kernel, mask=jnp.asarray(mask), rotation=128)
     if "masked" in extra:

@@ -45,7 +45,7 @@ def test_products_and_their_gradients():
     may in a rotation, which is a product itself and may move a code."""
     found = run("products")
     assert found.pop("rows without a number") == [[0, 2]]
-    assert len(found) == 12
+    assert len(found) == 13
     rotated = found.pop("ternary-a8 inputs-rotated")
     assert rotated[0][1] < 2e-3
     for name, ((equal, relative), *gradient) in found.items():

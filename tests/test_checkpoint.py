@@ -274,7 +274,7 @@ def rename_tensor(manifest):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {**m, "format_version": 3}, "format_version is 3, this library reads 1, 2; up"),
+        (lambda m: {**m, "format_version": 9}, "format_version is 9, this library reads 1, 2"),
         (lambda m: {**m, "layout_version": 9}, "layout_version is 9, this library reads 1; update"),
         (lambda m: {**m, "format": "other"}, "not a lowbit-jax manifest"),
         (lambda m: [m], "not a lowbit-jax manifest"),

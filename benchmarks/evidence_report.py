@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "percept.", "FD")
+KEPT = ("score", "psnr", "ssim", "perceptual")  # of `Outcome.values`: shown in the first table
 MARGIN = 130  # pixels for names beside a grid
 
 
@@ -60,6 +61,30 @@ def markdown(rows: Mapping[str, Outcome], title: str) -> str:
 def beats(a: Outcome, b: Outcome, name: str = "psnr") -> Interval:
     """By how much a is above b, caption by caption."""
     return difference_interval(a.values[name], b.values[name])
+
+
+def differences(rows: Mapping[str, Outcome], pairs: Sequence[tuple[str, str]]) -> Table:
+    """By how much the first of each pair is above the second, caption by caption, 95 %."""
+    measures = {"PSNR dB": "psnr", "percept.": "perceptual", "score": "score"}
+    out = Table(title="differences by caption", box=box.SIMPLE, pad_edge=False)
+    for column in ("recipe", "less", *measures):
+        out.add_column(column, no_wrap=True)
+    for first, second in pairs:
+        found = [beats(rows[first], rows[second], name) for name in measures.values()]
+        out.add_row(first, second, *(f"{x.mean:+.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found))
+    return out
+
+
+def judged(rows: Mapping[str, Outcome]) -> Table:
+    """Means of all that the exact judge says."""
+    names = [name for name in next(iter(rows.values())).values if name not in KEPT]
+    out = Table(title="the judge's scores", box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("recipe", no_wrap=True)
+    for name in names:
+        out.add_column(name.replace("_", " "), justify="right")
+    for recipe, row in rows.items():
+        out.add_row(recipe, *(f"{row.values[name].mean():.3f}" for name in names))
+    return out
 
 
 def save_grid(path: Path, rows: Mapping[str, Outcome], scale: int = 2) -> None:

@@ -26,7 +26,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.sensitivity import wide_console
+from benchmarks.console import wide_console
 from benchmarks.sensitivity_subjects import SUBJECTS, Draw, Subject
 from lowbit_jax.checkpoint import SavedModel, assemble, iter_parts
 from lowbit_jax.evaluation import metrics

@@ -107,17 +107,10 @@ def make_loss(config: STDiTConfig, dtype: Any) -> Callable[..., Float[Array, ""]
 
 
 def sample_clips(
-    model: STDiTTransformer,
-    params: Any,
-    noise: Float[Array, "b c f y x"],
-    txt: Float[np.ndarray, "b s c"],
-    *,
-    steps: int = SAMPLE_STEPS,
-    scale: float | None = GUIDANCE_SCALE,
+    model: STDiTTransformer, params: Any, noise: Any, txt: Any, **options: Any
 ) -> Float[np.ndarray, "b f 32 32 3"]:
-    """Clips in [0, 255] from noise and the states of captions, float or quantised parameters."""
-    latents = sample_states(model, params, noise, txt, steps=steps, scale=scale)
-    return to_clips(model.config, latents)
+    """Clips in [0, 255] of `sample_states`; arguments as there."""
+    return to_clips(model.config, sample_states(model, params, noise, txt, **options))
 
 
 def sample_states(
@@ -129,7 +122,7 @@ def sample_states(
     steps: int = SAMPLE_STEPS,
     scale: float | None = GUIDANCE_SCALE,
 ) -> Float[np.ndarray, "b c f y x"]:
-    """The latents that `sample_clips` decodes."""
+    """Latents from noise and the states of captions, float or quantised parameters."""
     latents = sample_latents(
         model,
         params,

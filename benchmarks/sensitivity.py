@@ -12,14 +12,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import wide_console
 from benchmarks.sensitivity_subjects import ALL_PROMPTS, SUBJECTS, Draw
 from lowbit_jax.precision.menu import level_name, short_name
 from lowbit_jax.precision.records import MSE
 from lowbit_jax.precision.report import shown_level
 from lowbit_jax.precision.scan import Scan, scan
 from lowbit_jax.precision.sensitivity import Sensitivity
-
-TABLE_WIDTH = 120  # columns where the output is a file or a pipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +150,3 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's, for values without ties."""
     ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def wide_console() -> Console:
-    """Without markup; as wide as the tables where the output is a file or a pipe."""
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(markup=False, width=TABLE_WIDTH)

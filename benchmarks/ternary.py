@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import wide_console
 from benchmarks.evidence import Bench, Outcome
 from benchmarks.evidence_report import beats, save_grid, table
 from benchmarks.evidence_subjects import Amount, nouns_subject
@@ -28,7 +29,6 @@ from lowbit_jax import checkpoint
 from lowbit_jax.evaluation import nouns
 from lowbit_jax.quant.recipe import RECIPES
 
-TABLE_WIDTH = 200
 QUICK = Sizes(
     prompts=24, gram_prompts=8, rows=96, block_steps=10, scale_steps=6, code_steps=10, batch=8
 )
@@ -60,9 +60,7 @@ class Rung:
 
 def main(options: Options) -> dict[str, Any]:
     """Run and judge the rungs; prints the tables, returns and writes the results."""
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe: the tables are wider than its 80 columns
-        console = Console(width=TABLE_WIDTH)
+    console = wide_console()
     if options.quick:
         out = options.out.with_name(options.out.name + "-quick")
         options = replace(options, out=out, captions=min(options.captions, 16), sizes=QUICK)

@@ -78,7 +78,7 @@ def _fit(kernel: Float[Array, "k n"], gram: Float[Array, "k k"], grid: Neighbour
     factor = feedback.factorize(gram / jnp.mean(jnp.diagonal(gram)), act_order=FEEDBACK.act_order)
     levels = grid.low, grid.high
     start = least_error(w, *levels)
-    codes, scale, _ = feedback.ternary(w, factor, start, refits=FEEDBACK.refits, levels=levels)
+    codes, scale, _ = feedback.fit(w, factor, start, refits=FEEDBACK.refits, levels=levels)
     return (scale * codes).T
 
 

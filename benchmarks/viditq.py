@@ -14,14 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
+from benchmarks.console import wide_console
 from benchmarks.evidence import Bench, Outcome
-from benchmarks.evidence_report import markdown, save_grid, save_plot, table
+from benchmarks.evidence_report import (
+    differences,
+    judged,
+    markdown,
+    save_grid,
+    save_plot,
+    table,
+)
 from benchmarks.evidence_subjects import SUBJECTS, Amount
 from lowbit_jax.quant.recipe import RECIPES, Recipe, load_recipe
 
@@ -53,7 +62,7 @@ class Options:
     captions: int = 128
     """Held-out captions."""
     mixed: tuple[Path, ...] = ()
-    """Recipe files of `lowbit-jax allocate`, compared too."""
+    """Recipe files of `lowbit-jax allocate`, compared too, each with the one before."""
 
 
 def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
@@ -87,21 +96,27 @@ def ladder(bits: str = "w4a8") -> dict[str, Recipe]:
 def main(argv: list[str] | None = None) -> None:
     """Measure, print tables, write pictures and the figure line."""
     options = tyro.cli(Options, args=argv, description=__doc__)
-    console = Console()
+    console = wide_console()
+    mixed = [load_recipe(path) for path in options.mixed]
     captions = min(options.captions, 32) if options.quick else options.captions
     amount = Amount(captions=captions, calibration=4 if options.quick else 16)
     figures: dict[str, float] = {}
     for name in options.subjects:
         bench = Bench(SUBJECTS[name](amount, console), options.out)
-        rows = compare(bench, options, console)
+        rows = compare(bench, QUICK if options.quick else COMPARED, mixed, console)
         title = f"{name}, {captions} held-out captions"
-        console.print(table(rows, title))
-        texts = [markdown(rows, title)]
-        if not options.quick:
-            steps = {s: run(bench, recipe, console) for s, recipe in ladder().items()}
-            steps = {"float": rows["float"], **steps}
-            console.print(table(steps, f"{name}, the ladder at W4A8"))
-            texts.append(markdown(steps, f"{name}, the ladder at W4A8"))
+        recipes = {} if options.quick else ladder()
+        steps = {step: run(bench, recipe, console) for step, recipe in recipes.items()}
+        tables = {title: rows}
+        if steps:
+            tables[f"{name}, the ladder at W4A8"] = {"float": rows["float"], **steps}
+        names = ["viditq-w4a8", *(recipe.name for recipe in mixed)]
+        pairs = [*against_rivals(rows), *in_turn(names), *in_turn(list(steps))]
+        texts = []
+        for heading, these in tables.items():
+            console.print(table(these, heading))
+            texts.append(markdown(these, heading))
+        console.print(differences(rows | steps, pairs), judged(rows | steps))
         folder = options.out / name
         (folder / "tables.md").write_text("\n\n".join(texts) + "\n")
         save_grid(folder / "grid.png", rows)
@@ -111,14 +126,32 @@ def main(argv: list[str] | None = None) -> None:
     print("figure: " + " ".join(f"{key}={value:.4f}" for key, value in _last_line(figures).items()))
 
 
-def compare(bench: Bench, options: Options, console: Console) -> dict[str, Outcome]:
-    """The float model and every method, by name."""
+def compare(
+    bench: Bench, chosen: Sequence[str], mixed: Sequence[Recipe], console: Console
+) -> dict[str, Outcome]:
+    """The float model, every method and every recipe that was given, by name."""
     rows = {"float": bench.reference[2]}
-    chosen = QUICK if options.quick else COMPARED
-    recipes = [RECIPES[name] for name in chosen] + [load_recipe(path) for path in options.mixed]
-    for recipe in recipes:
+    for recipe in [*(RECIPES[name] for name in chosen), *mixed]:
         rows[recipe.name] = run(bench, recipe, console)
     return rows
+
+
+def against_rivals(rows: Mapping[str, Outcome]) -> list[tuple[str, str]]:
+    """ViDiT-Q at each of the bits, and the other method that is nearest to float there."""
+    pairs = []
+    for bits in BITS:
+        others = [f"{m}-{bits}" for m in METHODS if m != "viditq" and f"{m}-{bits}" in rows]
+        if others and f"viditq-{bits}" in rows:
+            best = max(others, key=lambda name: rows[name].values["psnr"].mean())
+            pairs.append((f"viditq-{bits}", best))
+    if "viditq-w4a8-mp" in rows:
+        pairs.append(("viditq-w4a8-mp", "viditq-w4a8"))
+    return pairs
+
+
+def in_turn(names: list[str]) -> list[tuple[str, str]]:
+    """Each and the one before."""
+    return list(zip(names[1:], names[:-1], strict=True))
 
 
 def run(bench: Bench, recipe: Recipe, console: Console) -> Outcome:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert.checkpoint_files import Checkpoint, open_checkpoint
+from convert.command import run_command
 from convert.heap import one_heap
 from convert.job import Job, manifest, plan, run
 from convert.lora import Lora
@@ -84,19 +85,12 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    """Entry point; returns the exit code, see `run_command`."""
     one_heap()
     arguments = tyro.cli(Arguments, args=argv, prog="convert_and_quantize")
-    try:
-        convert_and_quantize(arguments, Console(markup=False))
-    except (ValueError, OSError) as error:
-        print(f"convert_and_quantize: {'; '.join([str(error), *_notes(error)])}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        left = "; ".join(_notes(error) or ["nothing was written"])
-        print(f"convert_and_quantize: interrupted; {left}", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(
+        "convert_and_quantize", lambda: convert_and_quantize(arguments, Console(markup=False))
+    )
 
 
 def convert_and_quantize(arguments: Arguments, console: Console) -> None:
@@ -324,10 +318,6 @@ def show_rest(job: Job, writer: Writer, console: Console) -> None:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 def _digest(checkpoint: Checkpoint, bars: Progress) -> dict[str, str]:

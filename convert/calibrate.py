@@ -1,7 +1,7 @@
 """`calibrate_model CHECKPOINT --prompts FILE --out FILE`: statistics for recipes that need them.
 
-After every sample what was summed up lies in `.NAME.partial` beside the file, so that a run that
-was cut goes on with --resume and ends with the same bytes.
+What was summed up is kept in `.NAME.partial` beside the file, after the first sample and then as
+often as costs little: a run that was cut goes on with --resume and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 
 from convert.checkpoint_files import open_checkpoint
+from convert.command import run_command
 from convert.job import Job, plan
 from convert.port import float_params
 from convert.sampling import Settings, Subject, make_subject
@@ -90,18 +91,9 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    """Entry point; returns the exit code, see `run_command`."""
     arguments = tyro.cli(Arguments, args=argv, prog="calibrate_model")
-    try:
-        calibrate(arguments, Console(markup=False))
-    except (ValueError, OSError) as error:
-        print(f"calibrate_model: {'; '.join([str(error), *_notes(error)])}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        left = "; ".join(_notes(error) or ["nothing was written"])
-        print(f"calibrate_model: interrupted; {left}", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("calibrate_model", lambda: calibrate(arguments, Console(markup=False)))
 
 
 def calibrate(arguments: Arguments, console: Console) -> None:
@@ -305,10 +297,6 @@ class _Keeper:
         save_statistics(self._path, statistics, overwrite=True)
         after = time.monotonic()
         self._next = after + (after - before) * (1 / SHARE - 1)
-
-
-def _notes(error: BaseException) -> list[str]:
-    return getattr(error, "__notes__", [])
 
 
 if __name__ == "__main__":

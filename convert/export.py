@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from convert.command import run_command
 from convert.registry import ALL_SOURCES
 from convert.safetensors import TensorSpec, write_sharded
 from convert.table import Layout, Leaf, expand, split_leaf
@@ -131,21 +132,24 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 done, 2 with one line on stderr for bad input."""
+    """Entry point; returns the exit code, see `run_command`."""
     arguments = tyro.cli(Arguments, args=argv, prog="export_diffusers")
+    return run_command("export_diffusers", lambda: export(arguments))
+
+
+def export(arguments: Arguments) -> None:
+    """Load, write, say what was written.
+
+    Raises:
+        ValueError: a folder that is no model, or an output that may not be written. OSError: one
+            that cannot be.
+    """
     dtype = {"bf16": jnp.bfloat16, "f32": jnp.float32}[arguments.dtype]
-    try:
-        saved = load(arguments.folder)
-        config = read_config(saved.model, saved.config)
-        layout = ALL_SOURCES[saved.model].export_layout(arguments.layout).name
-        export_diffusers(
-            arguments.out, saved.params, saved.model, config, layout=layout, dtype=dtype
-        )
-    except (ValueError, OSError) as error:
-        print(f"export_diffusers: {error}", file=sys.stderr)
-        return 2
+    saved = load(arguments.folder)
+    config = read_config(saved.model, saved.config)
+    layout = ALL_SOURCES[saved.model].export_layout(arguments.layout).name
+    export_diffusers(arguments.out, saved.params, saved.model, config, layout=layout, dtype=dtype)
     print(f"{arguments.out}: {saved.model}, recipe '{saved.recipe.name}', in {layout} layout")
-    return 0
 
 
 if __name__ == "__main__":

@@ -36,17 +36,12 @@ from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import Part, iter_parts
 from lowbit_jax.models.registry import MODELS
 from lowbit_jax.quant.lora import LowRank
+from lowbit_jax.quant.needs import check_feedback, given_of
 from lowbit_jax.quant.qtensor import QTensor, TransformedKernel
 from lowbit_jax.quant.ranged import RangedKernel
 from lowbit_jax.quant.recipe import Recipe, RecipeError, Rule
 from lowbit_jax.quant.report import SizeReport, size_report
-from lowbit_jax.quant.transform import (
-    NonFiniteError,
-    check_feedback,
-    given_of,
-    nonfinite_message,
-    quantize,
-)
+from lowbit_jax.quant.transform import NonFiniteError, nonfinite_message, quantize
 from lowbit_jax.quant.weights import (
     Given,
     factor_of,

@@ -36,7 +36,7 @@ from lowbit_jax.pipelines.pixart import PIXELS
 from lowbit_jax.pipelines.video import Shot
 from lowbit_jax.samplers import ddim, ddpm, loop
 from lowbit_jax.samplers.dpm_solver import PIXART_SCHEDULE
-from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE
+from lowbit_jax.samplers.flow_euler import FLUX_DEV_GUIDANCE, FLUX_DEV_SCHEDULE
 from lowbit_jax.samplers.guidance import (
     DIT_DIFFUSERS,
     DIT_PUBLISHED,
@@ -54,7 +54,6 @@ from lowbit_jax.samplers.rectified_flow import (
 from lowbit_jax.samplers.registry import SAMPLERS, read_schedule
 from lowbit_jax.samplers.schedule import space_timesteps
 
-FLUX_GUIDANCE = 3.5
 FLUX_GRID, STDIT3_SHAPE = (64, 64), (15, 32, 32)  # of networks whose config names no size
 SCHEDULES = {
     "flux": FLUX_DEV_SCHEDULE,
@@ -188,7 +187,7 @@ def flux_sample(
     *,
     tokens: int,
     seed: int = 0,
-    guidance: float = FLUX_GUIDANCE,
+    guidance: float = FLUX_DEV_GUIDANCE,
 ) -> Sample:
     """Noise for a prompt; `guidance` where the model is told one.
 
@@ -221,7 +220,7 @@ def _flux(job: Job, path: Path, settings: Settings) -> Subject:
         grid=grid,
         grams=settings.grams,
     )
-    scale = FLUX_GUIDANCE if settings.guidance is None else settings.guidance
+    scale = FLUX_DEV_GUIDANCE if settings.guidance is None else settings.guidance
     options = {"tokens": tokens, "seed": settings.seed, "guidance": scale}
     return Subject(
         run=run,

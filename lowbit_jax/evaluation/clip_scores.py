@@ -121,8 +121,7 @@ def margins(
         attrs: what was asked for.
     """
     clips = np.asarray(clips, np.float64)
-    background, found = find(scene, clips, attrs)
-    picture = moving_nouns.shift(clips, -found).mean(axis=1)
+    picture, background = _steady(scene, clips, attrs)
     seen = _with(attrs, BACKGROUND, background)
     out = {}
     for kind in PARTS:
@@ -152,11 +151,18 @@ def motion_psnr(
         attrs: what was asked for.
     """
     clips = np.asarray(clips, np.float64)
-    _, found = find(scene, clips, attrs)
-    picture = moving_nouns.shift(clips, -found).mean(axis=1, keepdims=True)
-    still = np.broadcast_to(picture, clips.shape)
+    picture, _ = _steady(scene, clips, attrs)
+    still = np.broadcast_to(picture[:, None], clips.shape)
     moved = moving_nouns.shift(still, moving_nouns.track(attrs, clips.shape[1]))
     return psnr(clips / 255, moved / 255)
+
+
+def _steady(
+    scene: Scene, clips: Float[np.ndarray, "b f h w 3"], attrs: Int[np.ndarray, "b 6"]
+) -> tuple[Float[np.ndarray, "b h w 3"], Int[np.ndarray, "b"]]:
+    """The mean frame with the motion found undone, and the background found."""
+    background, found = find(scene, clips, attrs)
+    return moving_nouns.shift(clips, -found).mean(axis=1), background
 
 
 def _margin(

@@ -45,9 +45,8 @@ from lowbit_jax.pipelines.flux_programs import (
 )
 from lowbit_jax.pipelines.picture import Picture, to_bytes
 from lowbit_jax.samplers import loop
-from lowbit_jax.samplers.flow_euler import FlowSchedule, euler_steps
+from lowbit_jax.samplers.flow_euler import FLUX_DEV_GUIDANCE, FlowSchedule, euler_steps
 
-GUIDANCE = 3.5  # the usual one of FLUX.1-dev
 HELD = 10**9  # bytes of modulations that are held on the host, for pictures to come
 # the two trees that the transformer's folder holds, see `split_modulation`
 TRANSFORMER, MODULATION = "transformer", "modulation"
@@ -241,9 +240,11 @@ class FluxPipeline:
         for name, value in (("steps", steps), ("max_length", max_length)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, it must be at least 1")
+        if self.is_dev and guidance is None:
+            guidance = FLUX_DEV_GUIDANCE
         return Settings(
             steps=steps or (28 if self.is_dev else 4),
-            guidance=(GUIDANCE if guidance is None else float(guidance)) if self.is_dev else None,
+            guidance=None if guidance is None else float(guidance),
             height=height,
             width=width,
             max_length=max_length or (512 if self.is_dev else 256),

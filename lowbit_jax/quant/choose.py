@@ -33,9 +33,9 @@ from rich.table import Table
 from lowbit_jax import ops
 from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.quant.masks import over_runs
+from lowbit_jax.quant.needs import check_statistics, given_of
 from lowbit_jax.quant.recipe import Balance, Recipe, RecipeError, Rule
 from lowbit_jax.quant.stacks import Tree, iter_layers, layer_paths
-from lowbit_jax.quant.transform import check_statistics, given_of
 from lowbit_jax.quant.typical import typical_rows
 from lowbit_jax.quant.weights import ALPHAS, Given, column_absmax, sample_of, treat_weight
 

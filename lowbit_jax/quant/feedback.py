@@ -145,7 +145,7 @@ def refit_scale(
     return jnp.where(over == 0, 1, scale)[:, None]
 
 
-def ternary(
+def fit(
     w: Float[Array, "n k"],
     factor: Factor,
     start: Codes,
@@ -155,7 +155,7 @@ def ternary(
     levels: tuple[int, int] = (-1, 1),
     block: int = 128,
 ) -> Codes:
-    """Ternary with a scale per row, codes with error feedback and the exact scale for them.
+    """Codes with error feedback on a grid with a scale per row, and the exact scale for them.
 
     Rounds on the grid of `start`, refits the scale to the codes found, rounds on that grid, and so
     on; of every pair of codes and re-fitted scale, each row keeps the best in the norm of H. So the
@@ -164,10 +164,10 @@ def ternary(
     Args:
         w: weights.
         factor: of its inputs.
-        start: what a ternary quantiser gives for w, one scale per row.
+        start: what a quantiser gives for w on that grid, one scale per row.
         refits: rounds, at least 1.
         norm: of the re-fit.
-        levels: the smallest and the largest code, for grids like the ternary one with more points.
+        levels: the smallest and the largest code; ternary ones by default.
         block: see `round_to`.
     """
     if start[1].shape != (len(w), 1):

@@ -269,7 +269,7 @@ def _with_feedback(
     assert isinstance(spec.feedback, Feedback)
     if spec.format == "ternary" and scale.shape == (len(weight), 1):
         start, refits = (codes, scale, None), spec.feedback.refits
-        found, fitted, _ = feedback.ternary(weight, factor, start, refits=refits)
+        found, fitted, _ = feedback.fit(weight, factor, start, refits=refits)
         return found, fitted
     k = weight.shape[1]
     group = spec.granularity if isinstance(spec.granularity, int) else k

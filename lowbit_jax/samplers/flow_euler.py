@@ -83,6 +83,7 @@ class FlowSchedule:
 
 FLUX_DEV_SCHEDULE = FlowSchedule(shift=3.0, use_dynamic_shifting=True)
 FLUX_SCHNELL_SCHEDULE = FlowSchedule()
+FLUX_DEV_GUIDANCE = 3.5  # the usual distilled guidance scale
 
 
 def sample(

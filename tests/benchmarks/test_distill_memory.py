@@ -31,11 +31,17 @@ def test_the_step_trains_scales_and_nothing_else():
         return jnp.asarray(0.1 * rng.standard_normal(leaf.shape), leaf.dtype)
 
     state, frozen, batch = jax.tree.map(made, specs)
-    state["step"] = jnp.int32(30)  # beyond the warm-up, where nothing moves
+    state["step"] = jnp.int32(30)
     state["optimizer"] = jax.tree.map(jnp.zeros_like, state["optimizer"])
+    before = jax.tree.map(np.asarray, state["trained"])
     assert all("weight" not in name and "codes" not in name for name in state["trained"])
     assert any("codes" in name for name in frozen)
     new, bad = step(state, frozen, batch)
-    assert not np.asarray(bad).any()
+    again, bad_again = step(jax.tree.map(jnp.copy, new), frozen, batch)  # Adam's first has rate 0
+    assert not np.asarray(bad).any() and not np.asarray(bad_again).any()
     assert int(new["step"]) == 31
+    growths = [name for name in before if name.endswith("growth")]
+    assert growths
+    for name in growths:
+        assert not np.array_equal(again["trained"][name], before[name]), name
     assert np.isfinite(new["losses"][30]) and new["losses"][30] > 0

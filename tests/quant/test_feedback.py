@@ -107,9 +107,7 @@ def test_ternary_is_ternary_and_better_with_every_refit():
     factor = feedback.factorize(jnp.asarray(gram, jnp.float32))
     errors = [reference.error(w, start[1] * start[0], damped)]
     for refits in (1, 3, 8):
-        codes, scale, zero = jax.jit(partial(feedback.ternary, refits=refits))(
-            weights, factor, start
-        )
+        codes, scale, zero = jax.jit(partial(feedback.fit, refits=refits))(weights, factor, start)
         assert zero is None and codes.dtype == jnp.int8 and scale.dtype == jnp.float32
         assert set(np.unique(codes)) == {-1, 0, 1}
         np.testing.assert_allclose(scale[:, 0], reference.best_scale(w, codes, damped), rtol=1e-4)
@@ -298,4 +296,4 @@ def test_what_cannot_be_used_is_named(model_and_statistics):
         quantize_weight(jnp.ones((2, 8)), dataclasses.replace(MIXED.rules[0], match="a"))
     with pytest.raises(ValueError, match="one scale per row"):
         start = quantizers.least_squares(jnp.ones((2, 8)), group=4)
-        feedback.ternary(jnp.ones((2, 8)), feedback.factorize(jnp.eye(8)), start)
+        feedback.fit(jnp.ones((2, 8)), feedback.factorize(jnp.eye(8)), start)

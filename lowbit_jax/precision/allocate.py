@@ -145,7 +145,7 @@ def _allocation(problem: Problem, request: Request, chosen: Sequence[int], name:
     specs = [*header.menu, None]
     rules = [
         rule_of(unit, specs[v], bits, request.like)
-        for unit, v, bits in zip(header.units, chosen, acts, strict=False)
+        for unit, v, bits in zip(header.units, chosen[:u], acts, strict=True)
     ]
     harm = {
         measure: np.array([rows[i][v] for i, v in enumerate(chosen)]).reshape(-1, u).sum(axis=0)

@@ -2,7 +2,7 @@
 
 A `Subject` is a trained model with held-out captions, fixed noise and a judge. `measure` samples it
 with quantised parameters and keeps, per caption, everything that is asked later: exact scores,
-PSNR, SSIM and the perceptual distance to the float model's pictures at equal noise, and features.
+PSNR, SSIM and LPIPS to the float model's pictures at equal noise, and features.
 Results are kept in files, so that a run that was cut goes on where it was.
 
 Shape letters: b captions, f frames, y and x pixels.
@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,16 @@ from convert.efficientnet import load_efficientnet
 from lowbit_jax.calibration.statistics import Statistics
 from lowbit_jax.checkpoint import iter_parts
 from lowbit_jax.evaluation import metrics
-from lowbit_jax.evaluation.efficientnet import Features, features, resize
+from lowbit_jax.evaluation.efficientnet import features, resize
 from lowbit_jax.evaluation.metrics import Interval
 from lowbit_jax.quant.qtensor import QTensor, is_qtensor
 from lowbit_jax.quant.recipe import Recipe
 from lowbit_jax.quant.report import size_report
 from lowbit_jax.quant.transform import quantize
 
-FEATURE_SIDE = 96  # pixels; the network was trained at 224, sprites have no more in them
-BATCH = 64  # pictures that it sees at a time
+SIDE = 96  # pixels that the networks of FD and LPIPS see: sprites have no more in them
+BATCH = 64  # pictures that they see at a time
+MEASURES = ("psnr", "ssim", "lpips")  # against the float model's pictures
 SHOWN = 10  # pictures or clips that are kept for the eye
 
 
@@ -70,7 +71,7 @@ class Outcome:
 
     Attributes:
         values: per caption: exact scores, "score" (mean of the accuracies), "psnr", "ssim",
-            "perceptual" against the float model; the float model's own are inf, 1 and 0.
+            "lpips" against the float model; the float model's own are inf, 1 and 0.
         pooled: features of the pictures, for distances of sets; of clips, of each frame.
         shown: the first pictures, uint8.
         bits: mean stored bits of a parameter, scales, masks and what stays in float included.
@@ -112,13 +113,11 @@ class Bench:
         return self.subject.calibrate()
 
     @cached_property
-    def reference(self) -> tuple[np.ndarray, Features, Outcome]:
-        """The float model's pictures, their features, and its own outcome."""
+    def reference(self) -> tuple[np.ndarray, Outcome]:
+        """The float model's pictures and its own outcome."""
         start = time.perf_counter()
         pictures = self.subject.sample(self.subject.params)
-        seen = see(pictures)
-        outcome = self._outcome(self.subject.params, pictures, seen, pictures, seen, start)
-        return pictures, seen, outcome
+        return pictures, self._outcome(self.subject.params, pictures, pictures, start)
 
     def recipe(self, recipe: Recipe) -> Outcome:
         """What a recipe does; quantises, samples and keeps the result, or finds it."""
@@ -131,15 +130,14 @@ class Bench:
 
     def params(self, name: str, what: Any, make: Callable[[], Any]) -> Outcome:
         """What parameters do that `make` gives; `what` says, as JSON, what they are."""
-        digest = _digest([what, self.subject.name, dict(self.subject.settings)])
+        digest = _digest([what, self.subject.name, dict(self.subject.settings), MEASURES])
         path = self.folder / self.subject.name / f"{name}.npz"
         if path.is_file() and (found := _load(path, digest)):
             return found
-        pictures, seen, _ = self.reference
+        pictures, _ = self.reference
         start = time.perf_counter()
         params = make()
-        sampled = self.subject.sample(params)
-        outcome = self._outcome(params, sampled, see(sampled), pictures, seen, start)
+        outcome = self._outcome(params, self.subject.sample(params), pictures, start)
         _save(path, outcome, digest)
         return outcome
 
@@ -147,9 +145,7 @@ class Bench:
         self,
         params: Any,
         pictures: np.ndarray,
-        seen: Features,
         reference: np.ndarray,
-        reference_seen: Features,
         start: float,
     ) -> Outcome:
         seconds = time.perf_counter() - start
@@ -169,11 +165,9 @@ class Bench:
                 **exact,
                 "psnr": metrics.psnr(pictures, reference),
                 "ssim": metrics.ssim(*frames).reshape(b, -1).mean(axis=1),
-                "perceptual": metrics.perceptual(seen.stages, reference_seen.stages)
-                .reshape(b, -1)
-                .mean(axis=1),
+                "lpips": lpips(*frames).reshape(b, -1).mean(axis=1),
             },
-            pooled=seen.pooled,
+            pooled=see(frames[0]),
             shown=np.round(255 * pictures[:SHOWN]).astype(np.uint8),
             bits=sizes.bits_per_weight,
             bytes=sizes.after,
@@ -195,26 +189,35 @@ def as_stored(params: Any) -> Any:
 
 
 @jax.jit
-def _features(params: Any, pictures: Float[jax.Array, "b y x 3"]) -> Features:
-    return features(params, resize(pictures, FEATURE_SIDE))
+def _enlarge(pictures: Float[jax.Array, "b y x 3"]) -> Float[jax.Array, "b side side 3"]:
+    return resize(pictures, SIDE)
 
 
-_NETWORK: dict[str, np.ndarray] = {}
+_features = jax.jit(features)
+_network = cache(load_efficientnet)
 
 
-def see(pictures: Float[np.ndarray, "b ..."]) -> Features:
-    """EfficientNet-Lite0's features of pictures, or of all frames of clips."""
-    if not _NETWORK:
-        _NETWORK.update(load_efficientnet())
-    frames = np.asarray(pictures, np.float32).reshape(-1, *pictures.shape[-3:])
+def see(pictures: Float[np.ndarray, "b y x 3"]) -> Float[np.ndarray, "b 1280"]:
+    """EfficientNet-Lite0's features of pictures."""
+    return _in_batches(lambda x: _features(_network(), _enlarge(x)).pooled, pictures)
+
+
+def lpips(
+    found: Float[np.ndarray, "b y x 3"], expected: Float[np.ndarray, "b y x 3"]
+) -> Float[np.ndarray, "b"]:
+    """`metrics.lpips` of pictures enlarged to `SIDE`."""
+    return _in_batches(lambda a, b: metrics.lpips(*map(_enlarge, (a, b))), found, expected)
+
+
+def _in_batches(function: Callable[..., Any], *pictures: np.ndarray) -> np.ndarray:
+    """Of `BATCH` pictures at a time, the last ones padded: one shape, one compilation."""
     parts = []
-    for start in range(0, len(frames), BATCH):
-        batch = frames[start : start + BATCH]
-        kept = len(batch)
-        rest = [(0, BATCH - kept), (0, 0), (0, 0), (0, 0)]  # one shape, one compilation
-        found = jax.device_get(_features(_NETWORK, jnp.asarray(np.pad(batch, rest))))
-        parts.append(jax.tree.map(lambda x, kept=kept: x[:kept], found))
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+    for start in range(0, len(pictures[0]), BATCH):
+        batches = [np.asarray(x[start : start + BATCH], np.float32) for x in pictures]
+        kept = len(batches[0])
+        rest = [(0, BATCH - kept), (0, 0), (0, 0), (0, 0)]
+        parts.append(np.asarray(function(*(np.pad(x, rest) for x in batches)))[:kept])
+    return np.concatenate(parts)
 
 
 def _digest(what: Any) -> str:

@@ -17,8 +17,8 @@ from lowbit_jax.evaluation.metrics import Interval, difference_interval
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "percept.", "FD")
-KEPT = ("score", "psnr", "ssim", "perceptual")  # of `Outcome.values`: shown in the first table
+COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "LPIPS", "FD")
+KEPT = ("score", "psnr", "ssim", "lpips")  # of `Outcome.values`: shown in the first table
 MARGIN = 130  # pixels for names beside a grid
 
 
@@ -32,7 +32,7 @@ def cells(outcome: Outcome, reference: Outcome) -> list[str]:
         _percent(outcome.interval("score")),
         _number(outcome.interval("psnr"), 1),
         f"{outcome.values['ssim'].mean():.3f}",
-        _number(outcome.interval("perceptual"), 3),
+        _number(outcome.interval("lpips"), 4),
         distance,
     ]
 
@@ -65,7 +65,7 @@ def beats(a: Outcome, b: Outcome, name: str = "psnr") -> Interval:
 
 def differences(rows: Mapping[str, Outcome], pairs: Sequence[tuple[str, str]]) -> Table:
     """By how much the first of each pair is above the second, caption by caption, 95 %."""
-    measures = {"PSNR dB": "psnr", "percept.": "perceptual", "score": "score"}
+    measures = {"PSNR dB": "psnr", "LPIPS": "lpips", "score": "score"}
     out = Table(title="differences by caption", box=box.SIMPLE, pad_edge=False)
     for column in ("recipe", "less", *measures):
         out.add_column(column, no_wrap=True)

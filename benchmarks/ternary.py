@@ -84,7 +84,7 @@ def main(options: Options) -> dict[str, Any]:
     eight = bench.params(
         f"{best}-a8", asdict(options.sizes), lambda: with_activations(shop.rung(best), 8)
     )
-    return report(options, bench.reference[2], rungs, best, eight, near, console)
+    return report(options, bench.reference[1], rungs, best, eight, near, console)
 
 
 def _made(shop: Workshop, name: str) -> tuple[Any, float]:

@@ -5,7 +5,7 @@
 
 Every method at W8A8, W6A6, W4A8, W4A8 mixed and W4A4, then the paper's ladder at W4A8, one thing
 changed at a time. Same held-out captions, same noise, float32 but for what is quantised; the
-integers are real, not simulated. PSNR, SSIM and the perceptual distance are to the float model's
+integers are real, not simulated. PSNR, SSIM and LPIPS are to the float model's
 pictures. Calibration sees captions of the training part only. Results are kept in `--out`; tables
 and pictures are written there too.
 """
@@ -130,7 +130,7 @@ def compare(
     bench: Bench, chosen: Sequence[str], mixed: Sequence[Recipe], console: Console
 ) -> dict[str, Outcome]:
     """The float model, every method and every recipe that was given, by name."""
-    rows = {"float": bench.reference[2]}
+    rows = {"float": bench.reference[1]}
     for recipe in [*(RECIPES[name] for name in chosen), *mixed]:
         rows[recipe.name] = run(bench, recipe, console)
     return rows

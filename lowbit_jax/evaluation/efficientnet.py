@@ -57,12 +57,10 @@ class Features(NamedTuple):
     """What the network sees.
 
     Attributes:
-        stages: output of the stem and of every stage, the channels of each on its own grid.
         pooled: mean over the grid of the last layer before the classifier.
         logits: of the 1000 classes.
     """
 
-    stages: tuple[Float[Array, "b y x c"], ...]
     pooled: Float[Array, "b 1280"]
     logits: Float[Array, "b 1000"]
 
@@ -94,16 +92,12 @@ def features(
     """
     x = (255.0 * pictures.astype(jnp.float32) - 127.0) / 128.0
     x = _relu6(_norm(_conv(x, params["stem"], 2), params["stem_norm"]))
-    stages = [x]
-    blocks = _blocks()
-    for number, (stage, stride) in enumerate(blocks):
+    for number, (stage, stride) in enumerate(_blocks()):
         x = _block(params, f"block{number}", x, stage, stride)
-        if number + 1 == len(blocks) or blocks[number + 1][0] is not stage:
-            stages.append(x)
     x = _relu6(_norm(_conv(x, params["head"], 1), params["head_norm"]))
     pooled = x.mean(axis=(1, 2))
     logits = pooled @ params["classifier"] + params["classifier_bias"]
-    return Features(tuple(stages), pooled, logits)
+    return Features(pooled, logits)
 
 
 def resize(pictures: Float[Array, "b y x 3"], side: int = PIXELS) -> Float[Array, "b side side 3"]:

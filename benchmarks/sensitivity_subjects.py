@@ -158,10 +158,9 @@ def moving_nouns_subject(draw: Draw) -> Subject:
     states = jnp.asarray(states, jnp.float32)
     mask = moving_nouns_model.caption_mask(states)
     noise = moving_nouns_model.make_noise(model.config, len(attrs), draw.seed)
-    side = moving_nouns_model.SIDE
     run = video_run(
         model,
-        moving_nouns_model.SCHEDULE.steps(draw.steps, height=side, width=side, num_frames=1),
+        moving_nouns_model.SCHEDULE.steps(draw.steps),
         guidance=OPENSORA_1_2,
         scale=moving_nouns_model.GUIDANCE_SCALE,
     )

@@ -44,6 +44,7 @@ from lowbit_jax.samplers.guidance import (
     LATTE_1,
     OPENSORA_1_0,
     OPENSORA_1_2,
+    Guidance,
 )
 from lowbit_jax.samplers.rectified_flow import (
     CLIP,
@@ -281,7 +282,7 @@ def _captions(job: Job, path: Path, settings: Settings) -> Subject:
             model,
             steps,
             ranges,
-            guidance={"latte-t2v": LATTE_1, "stdit": OPENSORA_1_0}.get(job.model, OPENSORA_1_2),
+            guidance=_video_guidance(job, schedule),
             scale=scale,
             shot=told if job.model == "stdit3" else None,
             grams=grams,
@@ -322,7 +323,7 @@ def _steps(job: Job, schedule: Any, settings: Settings, shape: tuple[int, ...]) 
             )
         count = str(settings.steps)
         return schedule.steps_at(space_timesteps(schedule.num_train_timesteps, count))
-    if isinstance(schedule, RectifiedFlowSchedule):
+    if isinstance(schedule, RectifiedFlowSchedule) and schedule.takes_size:
         frames, rows, columns = shape
         if frames > 1 and frames % LATENT_CLIP:
             raise ValueError(f"--frames {frames}: 1, or whole clips of {LATENT_CLIP} latent frames")
@@ -333,6 +334,12 @@ def _steps(job: Job, schedule: Any, settings: Settings, shape: tuple[int, ...]) 
             num_frames=1 if frames == 1 else frames // LATENT_CLIP * CLIP,
         )
     return schedule.steps(settings.steps)
+
+
+def _video_guidance(job: Job, schedule: Any) -> Guidance:
+    if isinstance(schedule, RectifiedFlowSchedule):
+        return OPENSORA_1_2
+    return LATTE_1 if job.model == "latte-t2v" else OPENSORA_1_0
 
 
 def _ranges(end: int, settings: Settings) -> TimestepRanges:

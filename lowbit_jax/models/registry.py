@@ -45,8 +45,8 @@ class Network(Component):
     """One network that denoises.
 
     Attributes:
-        samplers: keys of `lowbit_jax.samplers.registry.SAMPLERS` that its publishers sample it
-            with, the usual one first.
+        samplers: keys of `lowbit_jax.samplers.registry.SAMPLERS` that it is sampled with, its
+            publishers' usual one first.
     """
 
     samplers: tuple[str, ...]
@@ -93,7 +93,7 @@ NETWORKS = {
         module=stdit.STDiTTransformer,
         abstract_params=stdit.abstract_params,
         title="STDiT (Open-Sora 1.0)",
-        samplers=("ddpm",),
+        samplers=("ddpm", "rectified-flow"),
     ),
     "stdit3": Network(
         config=stdit3.STDiT3Config,

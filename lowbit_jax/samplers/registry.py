@@ -19,13 +19,13 @@ class Sampler:
 
     Attributes:
         schedule: its class of settings.
-        published_as: diffusers' class, whose `scheduler_config.json` the schedule reads; None where
-            there is no such file.
+        published_as: the class whose `scheduler_config.json` the schedule reads: diffusers', or
+            OpenSORA's `RFLOW`, which diffusers has not.
         title: what people call it.
     """
 
     schedule: Any
-    published_as: str | None
+    published_as: str
     title: str
 
 
@@ -43,7 +43,7 @@ SAMPLERS = {
         title="DPM-Solver++ 2M",
     ),
     "rectified-flow": Sampler(
-        schedule=RectifiedFlowSchedule, published_as=None, title="OpenSORA's rectified flow"
+        schedule=RectifiedFlowSchedule, published_as="RFLOW", title="OpenSORA's rectified flow"
     ),
 }
 
@@ -54,7 +54,7 @@ def read_schedule(config: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: a scheduler that is not ported, or settings of it that are not.
     """
-    known = {s.published_as: s.schedule for s in SAMPLERS.values() if s.published_as}
+    known = {s.published_as: s.schedule for s in SAMPLERS.values()}
     kind = config.get("_class_name")
     if kind not in known:
         raise ValueError(f"scheduler {kind!r} is none of: {', '.join(known)}")

@@ -17,6 +17,7 @@ from lowbit_jax.models.registry import build
 from lowbit_jax.pipelines.video import sample_latents
 from lowbit_jax.samplers.guidance import OPENSORA_1_2
 from lowbit_jax.samplers.rectified_flow import RectifiedFlowSchedule
+from lowbit_jax.samplers.registry import read_schedule
 
 MODEL = Path(__file__).parents[2] / "checkpoints" / "moving-nouns-stdit"
 SCHEDULE = RectifiedFlowSchedule(base_resolution=64, prediction_type="sample")
@@ -82,6 +83,13 @@ def test_converted_and_quantised_it_makes_nearly_the_same_clip(tmp_path):
     # Real captions have 48 (the checkpoint's README).
     error = np.square(found - expected).mean()
     assert 0 < error < 1e-2 * np.square(expected).mean()
+
+
+def test_its_schedule_is_beside_it():
+    settings = json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())
+    found, size = read_schedule(settings), {"height": 32, "width": 32, "num_frames": 1}
+    np.testing.assert_allclose(found.timesteps(20), SCHEDULE.timesteps(20, **size), rtol=1e-12)
+    assert found.prediction_type == SCHEDULE.prediction_type
 
 
 def test_is_small_and_complete():

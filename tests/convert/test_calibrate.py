@@ -1,6 +1,7 @@
 """`calibrate_model`: the statistics that `collect` gives, of every network, cut and resumed."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +24,16 @@ from lowbit_jax.calibration.drivers import (
     flux_run,
     flux_sample,
     pixart_run,
+    video_run,
 )
 from lowbit_jax.calibration.ranges import TimestepRanges
 from lowbit_jax.checkpoint import read_manifest
 from lowbit_jax.models.registry import MODELS, NETWORKS, build
 from lowbit_jax.quant.recipe import RECIPES
-from lowbit_jax.samplers import ddpm
+from lowbit_jax.samplers import ddpm, loop
 from lowbit_jax.samplers.dpm_solver import PIXART_SCHEDULE
 from lowbit_jax.samplers.flow_euler import FLUX_DEV_SCHEDULE, FlowSchedule
-from lowbit_jax.samplers.guidance import DIT_DIFFUSERS
+from lowbit_jax.samplers.guidance import DIT_DIFFUSERS, OPENSORA_1_2
 from lowbit_jax.samplers.registry import SAMPLERS
 from lowbit_jax.samplers.schedule import space_timesteps
 from tests.convert.conftest import CONFIG
@@ -47,6 +49,7 @@ from tests.references.conversion import write_checkpoint
 from tests.references.video_tables import latte_tables, stdit3_tables, stdit_tables
 
 NOUNS = Path(__file__).parents[2] / "checkpoints" / "nouns-flux"
+CLIPS = NOUNS.parent / "moving-nouns-stdit"
 TEXTS = ["a red cat with square glasses", "a blue hat"]
 
 
@@ -126,6 +129,26 @@ def test_the_shipped_flux(calibrate, write, tmp_path):
     txt, pooled = map(jnp.asarray, load_minilm()(TEXTS, 32))
     samples = [flux_sample(noise(i, 64, 48), txt[i : i + 1], pooled[i : i + 1]) for i in range(2)]
     expected = save_statistics(tmp_path / "expected", collect(run, saved.params, samples))
+    assert (tmp_path / "s.safetensors").read_bytes() == expected.read_bytes()
+
+
+def test_the_shipped_stdit(calibrate, write, tmp_path):
+    """Its schedule is in a file: times shifted by 4, of a network that gives the data."""
+    caption = "a noun with a cat head, blue glasses and a red body moves up slowly"
+    options = ["--dtype", "f32", "--guidance", 1.5]
+    code, said, errors = calibrate(CLIPS, write(caption), *options)
+    assert (code, errors) == (0, [])
+    assert "2 steps = 2 forwards of batch 2 (OpenSORA's rectified flow, guidance 1.5)" in said
+
+    saved = port(CLIPS, dtype=jnp.float32)
+    times, after = np.array([1000, 800]), np.array([800, 0])  # 4 u / (1 + 3 u) at u = 1, 1/2
+    steps = loop.Steps.of(np.float32(times), keep=after / times, push=1 - after / times)
+    model = build(saved.model, saved.config)
+    run = video_run(model, steps, guidance=OPENSORA_1_2, scale=1.5)
+    states = jnp.asarray(load_minilm()([caption], 32)[0], jnp.float32)
+    start = noise(0, 48, 8, 8, 8)
+    one = caption_sample(run, saved.params, start, (states, (states != 0).any(axis=-1)))
+    expected = save_statistics(tmp_path / "expected", collect(run, saved.params, [one]))
     assert (tmp_path / "s.safetensors").read_bytes() == expected.read_bytes()
 
 
@@ -376,8 +399,8 @@ def test_labels_and_networks_are_refused_by_name(rejected, write, encode, tmp_pa
     file = source / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
     assert "a FlowSchedule; dit is sampled with ddpm or ddim" in rejected(source, write(3))
-    shipped = NOUNS.parent / "moving-nouns-stdit"
-    assert "gives no variance, which the published sampler" in rejected(shipped, write("a cat"))
+    alone = shutil.copytree(CLIPS / "transformer", tmp_path / "without a schedule")
+    assert "gives no variance, which the published sampler" in rejected(alone, write("a cat"))
     pixart = pixart_files.write_diffusers(tmp_path / "pixart")
     prompts, _ = encode(width=pixart_files.TINY.caption_channels)
     assert "stores no null caption" in rejected(pixart, prompts)

@@ -8,6 +8,7 @@ import pytest
 
 from lowbit_jax.samplers.loop import sample
 from lowbit_jax.samplers.rectified_flow import OPENSORA_1_2_SCHEDULE, RectifiedFlowSchedule
+from lowbit_jax.samplers.registry import read_schedule
 from tests.references.samplers import opensora_times, opensora_trajectory
 from tests.samplers.trajectories import (
     assert_equal_steps,
@@ -79,9 +80,39 @@ def test_a_model_of_the_data_is_one_of_its_velocity(steps):
     assert found.keep[-1] == 0 and found.push[-1] == 1  # ends at what the model says
 
 
-def test_an_unknown_prediction_is_named():
-    with pytest.raises(ValueError, match="prediction_type is 'noise'"):
-        RectifiedFlowSchedule(prediction_type="noise")
+def test_a_ratio_of_its_own_stands_for_the_size():
+    """4 t / (1 + 3 t), and nobody has to say how large the video is."""
+    schedule = RectifiedFlowSchedule(ratio=4.0)
+    u = np.arange(5, 0, -1) / 5
+    np.testing.assert_allclose(schedule.timesteps(5), 1000 * 4 * u / (1 + 3 * u), rtol=1e-12)
+    sized = RectifiedFlowSchedule(base_resolution=64)
+    size = {"height": 32, "width": 32, "num_frames": 1}
+    np.testing.assert_allclose(sized.timesteps(5, **size), schedule.timesteps(5), rtol=1e-12)
+    plain = RectifiedFlowSchedule(use_timestep_transform=False)
+    np.testing.assert_allclose(plain.timesteps(5), 1000 * u, rtol=1e-12)
+    assert sized.takes_size and not (schedule.takes_size or plain.takes_size)
+
+
+def test_open_soras_settings_are_read():
+    """As in its configs; what only training or the run itself needs is passed over."""
+    config = {"_class_name": "RFLOW", "use_timestep_transform": True, "num_sampling_steps": 30}
+    assert read_schedule(config | {"cfg_scale": 7.0}) == OPENSORA_1_2_SCHEDULE
+    with pytest.raises(ValueError, match="transform_scale is 2.0, only 1.0 is ported"):
+        read_schedule(config | {"transform_scale": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prediction_type": "noise"}, "prediction_type is 'noise'"),
+        ({"ratio": 0}, "ratio is 0, no number above 0"),
+        ({"ratio": "4"}, "ratio is '4', no number above 0"),
+        ({"ratio": float("nan")}, "ratio is nan"),
+    ],
+)
+def test_unusable_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RectifiedFlowSchedule(**settings)
 
 
 @pytest.mark.parametrize(

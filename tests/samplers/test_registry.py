@@ -40,7 +40,7 @@ def test_published_files_give_the_schedules_of_their_models(text, schedule):
     assert read_schedule(json.loads(text)) == schedule
 
 
-@pytest.mark.parametrize("name", [n for n, s in SAMPLERS.items() if s.published_as])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "rectified-flow"])
 def test_what_diffusers_saves_reads_back_with_its_own_defaults(name, tmp_path):
     """Every setting that diffusers has today is known, and our defaults are its."""
     diffusers = pytest.importorskip("diffusers", reason="the reference is diffusers")
@@ -54,7 +54,7 @@ def test_what_diffusers_saves_reads_back_with_its_own_defaults(name, tmp_path):
 def test_every_published_class_reads_its_own_file_only():
     for name, sampler in SAMPLERS.items():
         for other, theirs in SAMPLERS.items():
-            if sampler.published_as and theirs.published_as and name != other:
+            if name != other:
                 with pytest.raises(ValueError, match=f"is not {sampler.published_as}"):
                     sampler.schedule.from_json({"_class_name": theirs.published_as})
 

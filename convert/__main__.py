@@ -22,7 +22,7 @@ from convert.checkpoint_files import Checkpoint, open_checkpoint
 from convert.command import run_command
 from convert.heap import one_heap
 from convert.job import Job, manifest, plan, run
-from convert.lora import Lora
+from convert.lora import Lora, merging, parse_loras
 from convert.pipeline import check_complete, check_fit, copy_files, find_pipeline, staged
 from convert.torch_file import Weights
 from lowbit_jax.checkpoint import Writer, abstract_parts, check_output
@@ -108,9 +108,7 @@ def convert_and_quantize(arguments: Arguments, console: Console) -> None:
         recipe = recipe.rounded()
     if arguments.keep is not None:
         recipe = recipe.keeping(arguments.keep)
-    if arguments.lora_skip is not None and not arguments.lora:
-        raise ValueError("--lora-skip leaves out keys of --lora, and none is given")
-    loras = [Lora.parse(text, arguments.lora_skip) for text in arguments.lora]
+    loras = parse_loras(arguments.lora, arguments.lora_skip)
     pipeline = find_pipeline(arguments.checkpoint) if arguments.model == "auto" else None
     if pipeline is not None:
         if arguments.method != "rounding":
@@ -206,14 +204,8 @@ def show_plan(job: Job, sizes: SizeReport, console: Console) -> None:
     console.print(
         f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {files}", soft_wrap=True
     )
-    for note in job.checkpoint.notes:
+    for note in (*job.checkpoint.notes, *merging(job.loras, job.updates)):
         console.print(note, soft_wrap=True)
-    if job.loras:
-        files = ", ".join(f"{lora.path.name} x {lora.strength:g}" for lora in job.loras)
-        rank = max(update.down.shape[1] for update in job.updates.values())
-        console.print(
-            f"merging {files}: {len(job.updates)} linears, rank up to {rank}", soft_wrap=True
-        )
     console.print(size_table(sizes, f"plan: recipe '{job.recipe.name}'"))
     console.print(
         f"{sizes.bits_per_weight:.3f} bits per weight over everything stored; "

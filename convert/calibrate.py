@@ -21,6 +21,7 @@ from rich.console import Console
 from convert.checkpoint_files import open_checkpoint
 from convert.command import run_command
 from convert.job import Job, plan
+from convert.lora import merging, parse_loras
 from convert.port import float_params
 from convert.sampling import Settings, Subject, make_subject
 from convert.statistics import is_statistics, load_statistics, save_statistics
@@ -79,6 +80,10 @@ class Arguments:
     """Network; auto recognises it by its tensors."""
     weights: Weights = "auto"
     """Part of a training checkpoint; auto takes the moving average (ema) where there is one."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to add to the weights, as convert_and_quantize will: FILE, or FILE=STRENGTH."""
+    lora_skip: str | None = None
+    """Keys of the LoRA files to leave out, as a regular expression."""
     dtype: Literal["bf16", "f32"] = "bf16"
     """Of the parameters and the computation. Sums are float32 in a forward, float64 over them."""
     dry_run: bool = False
@@ -111,9 +116,9 @@ def calibrate(arguments: Arguments, console: Console) -> None:
         raise ValueError(
             f"{arguments.checkpoint}: a whole pipeline; give {arguments.checkpoint / 'transformer'}"
         )
-    dtype = DTYPES[arguments.dtype]
+    dtype, loras = DTYPES[arguments.dtype], parse_loras(arguments.lora, arguments.lora_skip)
     with open_checkpoint(arguments.checkpoint, arguments.weights) as checkpoint:
-        job = plan(checkpoint, RECIPES["float"], model=arguments.model, dtype=dtype)
+        job = plan(checkpoint, RECIPES["float"], model=arguments.model, dtype=dtype, loras=loras)
         params = MODELS[job.model].abstract_params(job.config, dtype)
         grams, ranges = _wanted(arguments, params)
         settings = Settings(
@@ -233,6 +238,7 @@ def show_plan(
     lines = [
         f"{job.checkpoint.source}: {job.model} in {job.layout.name} layout, {len(widths)} linears",
         *job.checkpoint.notes,
+        *merging(job.loras, job.updates),
         f"{subject.count} samples x {len(run.steps)} steps = {forwards} forwards of batch {halves} "
         f"({subject.about}); {ranges} timestep range(s)",
         f"statistics: {(channels + squares) / 1e6:,.1f} MB to write; X^T X of {len(grams)} linears "
@@ -279,7 +285,7 @@ def _run(
         f"{out}: {found.samples} samples, {out.stat().st_size / 1e6:,.1f} MB; "
         f"{time.perf_counter() - begin:.1f} s with compiling. "
         f"convert_and_quantize {arguments.checkpoint} --stats {out} --recipe "
-        f"{arguments.recipe or 'NAME'} --out DIR",
+        f"{arguments.recipe or 'NAME'} --out DIR{' --lora ...' if arguments.lora else ''}",
         soft_wrap=True,
     )
 

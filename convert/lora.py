@@ -92,6 +92,26 @@ class Lora:
         return entry | ({} if self.skip is None else {"skip": self.skip})
 
 
+def parse_loras(texts: Sequence[str], skip: str | None) -> list[Lora]:
+    """The files of the option --lora, and --lora-skip for all of them.
+
+    Raises:
+        ValueError: keys to skip and no file; see also `Lora.parse`.
+    """
+    if skip is not None and not texts:
+        raise ValueError("--lora-skip leaves out keys of --lora, and none is given")
+    return [Lora.parse(text, skip) for text in texts]
+
+
+def merging(loras: Sequence[Lora], updates: Mapping[str, LowRank]) -> list[str]:
+    """A line for people about files that will be merged; none where there are none."""
+    if not loras:
+        return []
+    files = ", ".join(f"{lora.path.name} x {lora.strength:g}" for lora in loras)
+    rank = max(update.down.shape[1] for update in updates.values())
+    return [f"merging {files}: {len(updates)} linears, rank up to {rank}"]
+
+
 def read_loras(loras: Sequence[Lora], model: str, config: Any) -> dict[str, LowRank]:
     """The sum of several files: of updates of one linear the ranks lie side by side.
 

@@ -12,6 +12,7 @@ import pytest
 
 from convert import calibrate as program
 from convert import sampling
+from convert.checkpoint_files import open_checkpoint
 from convert.minilm import load_minilm
 from convert.port import port
 from convert.safetensors import write_safetensors
@@ -180,6 +181,37 @@ def test_cut_resumed_and_used(calibrate, source, encode, tmp_path, monkeypatch, 
 
     assert convert(source, "--stats", str(out), recipe="viditq-w8a8")[0] == 0
     assert read_manifest(tmp_path / "out")["statistics"]["samples"] == 2
+
+
+def test_a_lora_is_watched_merged(calibrate, make_source, encode, tmp_path, rejected):
+    """The same statistics as of a checkpoint whose tensor was changed by hand."""
+    rng, name = np.random.default_rng(1), "single_transformer_blocks.0.proj_out"
+    source, (prompts, _) = make_source(), encode(pooled=(2, CONFIG.vec_in_dim))
+    with open_checkpoint(source) as checkpoint:
+        weight = np.float32(checkpoint.read(f"{name}.weight"))
+    down, up = (
+        rng.standard_normal(s).astype(np.float32) for s in ((2, weight.shape[1]), (len(weight), 2))
+    )
+    ends = {"lora_A.weight": down, "lora_B.weight": up}
+    lora = write_safetensors(
+        tmp_path / "style.safetensors", {f"transformer.{name}.{end}": x for end, x in ends.items()}
+    )
+    by_hand = make_source("merged", **{f"{name}.weight": weight + 0.5 * up @ down})
+    options = ["--grid", 2, 2, "--dtype", "f32"]
+    code, said, _ = calibrate(source, prompts, "--lora", f"{lora}=0.5", *options)
+    assert code == 0 and "merging style.safetensors x 0.5: 1 linears, rank up to 2" in said
+    for of, out in ((by_hand, "by_hand"), (source, "without")):
+        assert calibrate(of, prompts, *options, out=f"{out}.safetensors")[0] == 0
+    params = MODELS["flux"].abstract_params(CONFIG)
+    found, expected, without = (
+        load_statistics(tmp_path / f"{n}.safetensors", params).layers
+        for n in ("s", "by_hand", "without")
+    )
+    for layer, statistics in found.items():
+        np.testing.assert_allclose(statistics.squares, expected[layer].squares, rtol=1e-4)
+    last = "single_blocks/1/linear1"  # behind the changed one
+    assert not np.allclose(found[last].squares, without[last].squares, rtol=1e-2)
+    assert "none is given" in rejected(source, prompts, "--lora-skip", "x", out="other.safetensors")
 
 
 def test_guided_pixart(calibrate, encode, tmp_path):

@@ -1,4 +1,4 @@
-"""The small FLUX for Nouns: sizes, start, loss, sampler, exact evaluation.
+"""The small FLUX for 32x32 pictures: sizes, start, loss, sampler.
 
 Rectified flow: x_t = (1 - t) x0 + t noise, target noise - x0 (Liu et al. 2022; Esser et al. 2024,
 equation 4, and the timestep shift of its section 5.3.2).
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Num, UInt8
 
 from lowbit_jax.evaluation import nouns
 from lowbit_jax.models.flux import FluxConfig, FluxTransformer, image_ids, text_ids
@@ -101,25 +101,6 @@ def make_sampler(velocity, steps: int = SAMPLE_STEPS):
 def to_pixels(tokens: Float[Array, "b 64 48"]) -> Float[np.ndarray, "b 32 32 3"]:
     """Latent tokens to pictures in [0, 255]."""
     return np.clip(np.asarray(nouns.from_latent(tokens)) * 127.5 + 127.5, 0, 255)
-
-
-def evaluate(
-    sample,
-    params,
-    sprites: nouns.Sprites,
-    attrs: Int[np.ndarray, "n 4"],
-    batch: dict[str, np.ndarray],
-) -> tuple[dict[str, float], Float[np.ndarray, "n 32 32 3"]]:
-    """Accuracy of each attribute, their mean, and PSNR over captions; and the pictures.
-
-    The noise is always the same. Pictures are in [0, 255].
-    """
-    noise = jax.random.normal(jax.random.key(1), (len(attrs), 64, 48))
-    pictures = to_pixels(sample(params, noise, batch["txt"], batch["pooled"]))
-    found = nouns.score(sprites, pictures, attrs)
-    scores = {kind: float(right.mean()) for kind, right in found.items()}
-    scores["mean"] = float(np.mean(list(scores.values())))
-    return scores | {"psnr": float(nouns.psnr(pictures, batch["images"]).mean())}, pictures
 
 
 def comparison_sheet(

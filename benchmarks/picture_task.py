@@ -1,0 +1,114 @@
+"""What the training programs of pictures share: a small FLUX, a world of captions, its judge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from rich.console import Console
+
+from benchmarks.caption_pool import Pool, PoolSpec, World, open_pools
+from benchmarks.nouns_model import (
+    comparison_sheet,
+    flow_loss,
+    flux_config,
+    init_params,
+    make_sampler,
+    make_velocity,
+    to_pixels,
+)
+from benchmarks.training import Task, TrainOptions
+from convert.minilm import load_minilm
+
+HELD_OUT = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions(TrainOptions):
+    """What to train and for how long."""
+
+    hidden: int = 256
+    heads: int = 4
+    depth: int = 2
+    depth_single: int = 4
+
+
+class PictureWorld(World, Protocol):
+    """Captions, the pictures they ask for, and who judges.
+
+    Attributes:
+        max_len: tokens of a caption that the network sees.
+        accuracies: names of the scores that are shares of 1.
+        scores: names of the other scores.
+    """
+
+    max_len: int
+    accuracies: tuple[str, ...]
+    scores: tuple[str, ...]
+
+    def pictures(
+        self, attrs: Int[np.ndarray, "n a"], rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "n 32 32 3"]:
+        """A picture per caption; `rng` decides what captions leave free."""
+        ...
+
+    def judge(
+        self, pictures: Float[np.ndarray, "n 32 32 3"], attrs: Int[np.ndarray, "n a"]
+    ) -> dict[str, float]:
+        """Scores by name of pictures in [0, 255]."""
+        ...
+
+
+def make_task(options: PictureOptions, world: PictureWorld, console: Console) -> Task:
+    """The task: pictures are composed on the fly, captions are encoded on first use."""
+    seed, common = options.seed, {"max_len": world.max_len}
+    specs = {
+        "training": PoolSpec(size=options.pool, seed=seed + 1, held_out=False, **common),
+        "held-out": PoolSpec(size=HELD_OUT, seed=2, held_out=True, **common),
+    }
+    pools = open_pools(options.cache, specs, world, load_minilm, console)
+    config = flux_config(options.hidden, options.heads, options.depth, options.depth_single)
+    velocity = make_velocity(config, jnp.dtype(options.dtype))
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        pool = pools["training"]
+        rows = pool.rows(step, options.batch, seed)
+        return take(pool, rows) | {
+            "images": world.pictures(pool.attrs[rows], np.random.default_rng((seed, step)))
+        }
+
+    return Task(
+        config=config,
+        init=partial(init_params, config),
+        loss=partial(flow_loss, velocity),
+        batch=batch,
+        evaluate=partial(
+            held_out_scores, make_sampler(velocity), world, pools["held-out"], options.eval_captions
+        ),
+        accuracies=world.accuracies,
+        scores=world.scores,
+    )
+
+
+def take(pool: Pool, rows) -> dict[str, np.ndarray]:
+    """Text of these captions as arguments of the loss: states [b, t, k], pooled vectors [b, k]."""
+    return {"txt": np.asarray(pool.states[rows]), "pooled": np.asarray(pool.pooled[rows])}
+
+
+def held_out_scores(
+    sample, world: PictureWorld, pool: Pool, captions: int, params: Any
+) -> tuple[dict[str, float], UInt8[np.ndarray, "h w 3"]]:
+    """Scores of the first `captions` of the pool, and a sheet of targets and pictures.
+
+    The noise is always the same.
+    """
+    attrs = pool.attrs[:captions]
+    noise = jax.random.normal(jax.random.key(1), (len(attrs), 64, 48))
+    pictures = to_pixels(sample(params, noise, **take(pool, slice(0, len(attrs)))))
+    targets = world.pictures(attrs, np.random.default_rng(1))
+    return world.judge(pictures, attrs), comparison_sheet(targets, pictures)

@@ -66,27 +66,19 @@ class PictureWorld(World, Protocol):
 
 def make_task(options: PictureOptions, world: PictureWorld, console: Console) -> Task:
     """The task: pictures are composed on the fly, captions are encoded on first use."""
-    seed, common = options.seed, {"max_len": world.max_len}
+    common = {"max_len": world.max_len}
     specs = {
-        "training": PoolSpec(size=options.pool, seed=seed + 1, held_out=False, **common),
+        "training": PoolSpec(size=options.pool, seed=options.seed + 1, held_out=False, **common),
         "held-out": PoolSpec(size=HELD_OUT, seed=2, held_out=True, **common),
     }
     pools = open_pools(options.cache, specs, world, load_minilm, console)
     config = flux_config(options.hidden, options.heads, options.depth, options.depth_single)
     velocity = make_velocity(config, jnp.dtype(options.dtype))
-
-    def batch(step: int) -> dict[str, np.ndarray]:
-        pool = pools["training"]
-        rows = pool.rows(step, options.batch, seed)
-        return take(pool, rows) | {
-            "images": world.pictures(pool.attrs[rows], np.random.default_rng((seed, step)))
-        }
-
     return Task(
         config=config,
         init=partial(init_params, config),
         loss=partial(flow_loss, velocity),
-        batch=batch,
+        batch=partial(training_batch, pools["training"], world, options.batch, options.seed),
         evaluate=partial(
             held_out_scores, make_sampler(velocity), world, pools["held-out"], options.eval_captions
         ),
@@ -95,8 +87,17 @@ def make_task(options: PictureOptions, world: PictureWorld, console: Console) ->
     )
 
 
+def training_batch(
+    pool: Pool, world: PictureWorld, size: int, seed: int, step: int
+) -> dict[str, np.ndarray]:
+    """Pictures and text of a step, as arguments of the loss; depends on the arguments alone."""
+    rows = pool.rows(step, size, seed)
+    pictures = world.pictures(pool.attrs[rows], np.random.default_rng((seed, step)))
+    return take(pool, rows) | {"images": pictures}
+
+
 def take(pool: Pool, rows) -> dict[str, np.ndarray]:
-    """Text of these captions as arguments of the loss: states [b, t, k], pooled vectors [b, k]."""
+    """Text of these captions: states [b, t, k], pooled vectors [b, k]."""
     return {"txt": np.asarray(pool.states[rows]), "pooled": np.asarray(pool.pooled[rows])}
 
 

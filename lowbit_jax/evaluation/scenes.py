@@ -50,6 +50,7 @@ CATEGORIES = {
 }
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
+DRAWS = 1000  # before it is said that there is no such caption; a tenth is held out
 PLURALS = {"blueberry": "blueberries", "cherry": "cherries", "fox": "foxes"}  # others: "s"
 JOINTS = {TWO: "and", LEFT: "to the left of", RIGHT: "to the right of"}
 JOINTS |= {ABOVE: "above", BELOW: "below"}
@@ -148,12 +149,23 @@ def sample_attrs(
         n: how many.
         counts: `Things.counts`.
         held_out: which part.
+
+    Raises:
+        ValueError: with so few heads and bodies no caption of some kind is in that part.
     """
     kind = np.resize(TURN, n)
     attrs = _draw(rng, kind, counts)
-    while (wrong := is_held_out(attrs) != held_out).any():
+    for _ in range(DRAWS):
+        wrong = is_held_out(attrs) != held_out
+        if not wrong.any():
+            return attrs
         attrs[wrong] = _draw(rng, kind[wrong], counts)
-    return attrs
+    part = "held out" if held_out else "trained on"
+    missing = ", ".join(KINDS[i] for i in sorted(set(kind[wrong])))
+    raise ValueError(
+        f"{counts[0]} heads and {counts[1]} bodies: in {DRAWS} draws no caption of these kinds is"
+        f" {part}: {missing}; use more"
+    )
 
 
 def _draw(rng: np.random.Generator, kind, counts: tuple[int, int]) -> Int[np.ndarray, "n 6"]:

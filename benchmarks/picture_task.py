@@ -1,18 +1,18 @@
-"""What the training programs of pictures share: a small FLUX, a world of captions, its judge."""
+"""What the training programs of pictures share: a small FLUX and a world of captions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 from rich.console import Console
 
-from benchmarks.caption_pool import Pool, PoolSpec, World, open_pools
+from benchmarks.caption_pool import Pool, PoolSpec, open_pools
 from benchmarks.nouns_model import (
     comparison_sheet,
     flow_loss,
@@ -22,7 +22,8 @@ from benchmarks.nouns_model import (
     make_velocity,
     to_pixels,
 )
-from benchmarks.training import Task, TrainOptions
+from benchmarks.picture_worlds import WORLDS, PictureWorld
+from benchmarks.training import Task, TrainOptions, train
 from convert.minilm import load_minilm
 
 HELD_OUT = 512
@@ -38,30 +39,10 @@ class PictureOptions(TrainOptions):
     depth_single: int = 4
 
 
-class PictureWorld(World, Protocol):
-    """Captions, the pictures they ask for, and who judges.
-
-    Attributes:
-        max_len: tokens of a caption that the network sees.
-        accuracies: names of the scores that are shares of 1.
-        scores: names of the other scores.
-    """
-
-    max_len: int
-    accuracies: tuple[str, ...]
-    scores: tuple[str, ...]
-
-    def pictures(
-        self, attrs: Int[np.ndarray, "n a"], rng: np.random.Generator
-    ) -> UInt8[np.ndarray, "n 32 32 3"]:
-        """A picture per caption; `rng` decides what captions leave free."""
-        ...
-
-    def judge(
-        self, pictures: Float[np.ndarray, "n 32 32 3"], attrs: Int[np.ndarray, "n a"]
-    ) -> dict[str, float]:
-        """Scores by name of pictures in [0, 255]."""
-        ...
+def train_pictures(options: PictureOptions, model: str) -> dict[str, float]:
+    """Train a model of `WORLDS`; returns the last held-out scores."""
+    console = Console()
+    return train(options, make_task(options, WORLDS[model](), console), console)
 
 
 def make_task(options: PictureOptions, world: PictureWorld, console: Console) -> Task:
@@ -112,4 +93,4 @@ def held_out_scores(
     noise = jax.random.normal(jax.random.key(1), (len(attrs), 64, 48))
     pictures = to_pixels(sample(params, noise, **take(pool, slice(0, len(attrs)))))
     targets = world.pictures(attrs, np.random.default_rng(1))
-    return world.judge(pictures, attrs), comparison_sheet(targets, pictures)
+    return world.summary(pictures, attrs), comparison_sheet(targets, pictures)

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import demo
+from benchmarks.picture_worlds import Scenes
 from benchmarks.shipping import held_out_prompts, ship
-from benchmarks.train_scenes import MAX_LEN, Scenes
 from convert.port import port
 from lowbit_jax.evaluation import scenes
 from lowbit_jax.models.flux import FluxConfig
@@ -47,7 +47,8 @@ def score_table(found: dict[str, Bool[np.ndarray, "b"]], attrs: Int[np.ndarray, 
 def main(run: tyro.conf.Positional[Path]) -> None:
     """Export the averaged weights of the newest checkpoint of a training run, and judge them."""
     things, console = scenes.load_things(), Console()
-    prompts = held_out_prompts(Scenes(things), scenes.ATTRIBUTES, MAX_LEN, PROMPTS)
+    world = Scenes(things)
+    prompts = held_out_prompts(world, world.attributes, world.max_len, PROMPTS)
     ship(run, MODEL, "flux", FluxConfig, prompts)
     shutil.copytree(demo.MODEL / "scheduler", MODEL / "scheduler", dirs_exist_ok=True)
     shipped = demo.load_prompts(PROMPTS, MODEL)

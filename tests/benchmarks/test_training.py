@@ -29,7 +29,7 @@ from benchmarks.moving_nouns_model import (
     stdit_config,
 )
 from benchmarks.picture_task import held_out_scores, training_batch
-from benchmarks.train_scenes import Scenes
+from benchmarks.picture_worlds import Scenes
 from benchmarks.training_optim import OptimOptions, _muon_axes
 from lowbit_jax.evaluation import moving_nouns, nouns, scenes
 from lowbit_jax.models.stdit import STDiTTransformer

@@ -75,9 +75,9 @@ class Result:
     seconds_per_picture: float
 
 
-def load_prompts(count: int) -> Prompts:
-    """The first `count` of the shipped held-out prompts, encoded with MiniLM."""
-    data = json.loads((MODEL / "prompts.json").read_text())
+def load_prompts(count: int, folder: Path = MODEL) -> Prompts:
+    """The first `count` of the held-out prompts shipped with a model, encoded with MiniLM."""
+    data = json.loads((folder / "prompts.json").read_text())
     items = data["prompts"][:count]
     texts = [item["text"] for item in items]
     states, pooled = load_minilm()(texts, data["max_tokens"])

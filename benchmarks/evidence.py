@@ -54,6 +54,7 @@ class Subject:
         accuracies: names of those scores that are right or wrong; their mean is "the score".
         calibrate: statistics of activations, on captions of the training part.
         settings: whatever else the results depend on, as JSON.
+        categories: of what is right (the scores of an outcome, as booleans), shares by category.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Subject:
     accuracies: tuple[str, ...]
     calibrate: Callable[[], Statistics]
     settings: Mapping[str, Any]
+    categories: Callable[[dict[str, np.ndarray]], Mapping[str, float]] = lambda found: {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.moving_nouns_model import (
     make_noise,
     sample_clips,
 )
+from benchmarks.picture_worlds import WORLDS
 from convert.minilm import load_minilm
 from convert.port import port
 from lowbit_jax.calibration.collect import collect
@@ -59,12 +61,12 @@ class Amount:
     seed: int = 0
 
 
-def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
-    """The FLUX of 9.2 M parameters: pictures of 32x32 pixels, four parts each.
+def picture_subject(name: str, amount: Amount, console: Console | None = None) -> Subject:
+    """A shipped FLUX that draws pictures of 32x32 pixels; `name` is one of `WORLDS`.
 
     Computed in float32, so that what differs is quantisation alone.
     """
-    folder = ROOT / "nouns-flux"
+    folder, world = ROOT / name, WORLDS[name]()
     saved = port(folder, dtype=jnp.float32)
     model = build(saved.model, saved.config, jnp.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
@@ -72,7 +74,7 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
     data = json.loads((folder / "prompts.json").read_text())
     items = data["prompts"][: amount.captions]
     attrs = np.array([item["attrs"] for item in items])
-    encode, sprites = load_minilm(), nouns.load_sprites()
+    encode = load_minilm()
     states, pooled = map(np.asarray, encode([i["text"] for i in items], data["max_tokens"]))
     shape = (GRID[0] * GRID[1], model.config.in_channels)
     noise = jax.random.normal(jax.random.key(amount.seed), (len(items), *shape))
@@ -83,8 +85,8 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
 
     def calibrate():
         rng = np.random.default_rng(CALIBRATION_SEED)
-        drawn = nouns.sample_attrs(rng, amount.calibration, sprites.counts)
-        txt, vectors = map(np.asarray, encode(nouns.caption(sprites, drawn), data["max_tokens"]))
+        drawn = world.sample_attrs(rng, amount.calibration, held_out=False)
+        txt, vectors = map(np.asarray, encode(world.caption(drawn), data["max_tokens"]))
         start = jax.random.normal(jax.random.key(CALIBRATION_SEED), (len(drawn), *shape))
         run = flux_run(model, sigmas, TimestepRanges(HALVES), grid=GRID, grams=IN_BLOCKS)
         one = [
@@ -94,13 +96,14 @@ def nouns_subject(amount: Amount, console: Console | None = None) -> Subject:
         return collect(run, saved.params, one, console=console)
 
     return Subject(
-        name="nouns-flux",
+        name=name,
         params=saved.params,
         sample=sample,
-        judge=lambda pictures: nouns.score(sprites, 255 * pictures, attrs),
-        accuracies=nouns.KINDS,
+        judge=lambda pictures: world.judge(255 * pictures, attrs),
+        accuracies=world.scored,
         calibrate=calibrate,
         settings=_settings(folder, amount),
+        categories=lambda found: world.categories(found, attrs),
     )
 
 
@@ -162,6 +165,6 @@ def _settings(folder: Path, amount: Amount) -> dict[str, Any]:
 
 
 SUBJECTS: dict[str, Callable[[Amount, Console | None], Subject]] = {
-    "nouns-flux": nouns_subject,
+    "nouns-flux": partial(picture_subject, "nouns-flux"),
     "moving-nouns-stdit": moving_nouns_subject,
 }

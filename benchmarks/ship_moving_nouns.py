@@ -23,7 +23,6 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     """Export the averaged weights of the newest checkpoint of a training run."""
     scene = moving_nouns.load_scene()
     prompts = held_out_prompts(MovingNouns(scene), moving_nouns.KINDS, MAX_LEN)
-    MODEL.mkdir(parents=True, exist_ok=True)
     ship(run, MODEL, "stdit", STDiTConfig, prompts)
 
 

@@ -11,16 +11,15 @@ from pathlib import Path
 import tyro
 
 from benchmarks.demo import MODEL
-from benchmarks.nouns_model import MAX_LEN
+from benchmarks.picture_worlds import WORLDS
 from benchmarks.shipping import held_out_prompts, ship
-from benchmarks.train_nouns import Nouns
-from lowbit_jax.evaluation import nouns
 from lowbit_jax.models.flux import FluxConfig
 
 
 def main(run: tyro.conf.Positional[Path]) -> None:
     """Export the averaged weights of the newest checkpoint of a training run."""
-    prompts = held_out_prompts(Nouns(nouns.load_sprites()), nouns.KINDS, MAX_LEN)
+    world = WORLDS["nouns-flux"]()
+    prompts = held_out_prompts(world, world.attributes, world.max_len)
     ship(run, MODEL, "flux", FluxConfig, prompts)
 
 

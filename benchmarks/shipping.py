@@ -26,12 +26,13 @@ def ship(
 
     Args:
         run: `out` of the training.
-        folder: `transformer/` in it is replaced, as are the prompts and the log.
+        folder: made if need be; `transformer/` in it is replaced, as are the prompts and the log.
         model: name of the network; written in the first of its export layouts.
         config_class: of the network.
         prompts: see `held_out_prompts`.
     """
     config, params = load_ema(run, config_class)
+    folder.mkdir(parents=True, exist_ok=True)
     transformer = folder / "transformer"
     shutil.rmtree(transformer, ignore_errors=True)
     export_diffusers(transformer, params, model, config, dtype=jnp.bfloat16)
@@ -42,9 +43,11 @@ def ship(
     print(f"{transformer}: {size / 1e6:.1f} MB")
 
 
-def held_out_prompts(world: World, attributes: Sequence[str], max_tokens: int) -> dict[str, Any]:
+def held_out_prompts(
+    world: World, attributes: Sequence[str], max_tokens: int, count: int = PROMPTS
+) -> dict[str, Any]:
     """Captions that were never trained on, with what they ask for, as JSON-able values."""
-    attrs = world.sample_attrs(np.random.default_rng(SEED), PROMPTS, held_out=True)
+    attrs = world.sample_attrs(np.random.default_rng(SEED), count, held_out=True)
     pairs = zip(world.caption(attrs), attrs.tolist(), strict=True)
     items = [{"text": text, "attrs": row} for text, row in pairs]
     return {"max_tokens": max_tokens, "attributes": list(attributes), "prompts": items}

@@ -1,8 +1,8 @@
-"""Every rung of the ladder to 1.58 bits on the shipped FLUX: `python -m benchmarks.ternary`.
+"""Every rung of the ladder to 1.58 bits on a shipped FLUX: `python -m benchmarks.ternary`.
 
 A rung that is done is kept in OUT and not done again; a training that was interrupted goes on.
 `--quick` runs all of them in minutes, with so little training that its scores say nothing.
-Captions the rungs learn from and captions that judge them share no (head, accessory) pair.
+Captions the rungs learn from and captions that judge them are of the two parts of the split.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.console import wide_console
-from benchmarks.evidence import Bench, Outcome
+from benchmarks.evidence import Bench, Outcome, Subject
 from benchmarks.evidence_report import beats, save_grid, table
-from benchmarks.evidence_subjects import Amount, nouns_subject
+from benchmarks.evidence_subjects import Amount, picture_subject
 from benchmarks.ternary_judge import Judge, Losses, with_activations
 from benchmarks.ternary_neighbours import NEIGHBOURS, as_if_stored, on_grid
 from benchmarks.ternary_rungs import RUNGS, Sizes, Workshop
 from lowbit_jax import checkpoint
-from lowbit_jax.evaluation import nouns
 from lowbit_jax.quant.recipe import RECIPES
 
 QUICK = Sizes(
@@ -38,14 +37,16 @@ QUICK = Sizes(
 class Options:
     """What to run."""
 
+    model: str = "nouns-flux"
+    """Of `benchmarks.picture_worlds.WORLDS`."""
     out: Path = Path("runs/ternary")
-    """Folder of trajectories, models, trainings, results.json and grid.png."""
+    """Folder with a folder per model: trajectories, models, trainings, results.json, grid.png."""
     quick: bool = False
     """Little training and few captions, in OUT-quick."""
     rungs: tuple[str, ...] = tuple(RUNGS)
     """Which; those they start from must be among them or done before."""
     captions: int = 128
-    """Held-out captions that judge, at most 128."""
+    """Held-out captions that judge, at most as many as are shipped."""
     sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes()
 
 
@@ -64,10 +65,12 @@ def main(options: Options) -> dict[str, Any]:
     if options.quick:
         out = options.out.with_name(options.out.name + "-quick")
         options = replace(options, out=out, captions=min(options.captions, 16), sizes=QUICK)
+    options = replace(options, out=options.out / options.model)
     options.out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(options.out, options.sizes, console)
+    shop = Workshop(options.model, options.out, options.sizes, console)
     judge = Judge(shop)
-    bench = Bench(nouns_subject(Amount(captions=options.captions), console), options.out / "judged")
+    subject = picture_subject(options.model, Amount(captions=options.captions), console)
+    bench = Bench(subject, options.out / "judged")
     rungs: dict[str, Rung] = {}
     for name in options.rungs:
         params, minutes = _made(shop, name)
@@ -84,7 +87,7 @@ def main(options: Options) -> dict[str, Any]:
     eight = bench.params(
         f"{best}-a8", asdict(options.sizes), lambda: with_activations(shop.rung(best), 8)
     )
-    return report(options, bench.reference[1], rungs, best, eight, near, console)
+    return report(options, subject, bench.reference[1], rungs, best, eight, near, console)
 
 
 def _made(shop: Workshop, name: str) -> tuple[Any, float]:
@@ -109,6 +112,7 @@ def _made(shop: Workshop, name: str) -> tuple[Any, float]:
 
 def report(
     options: Options,
+    subject: Subject,
     floats: Outcome,
     rungs: dict[str, Rung],
     best: str,
@@ -121,7 +125,7 @@ def report(
     outcomes[f"{best} + int8"] = eight
     outcomes |= near
     console.print(table(outcomes, f"{options.captions} held-out captions, same noise"))
-    console.print(_attributes(outcomes))
+    console.print(_categories(outcomes, subject))
     console.print(_steps(rungs))
     console.print(_layers(rungs))
     save_grid(options.out / "grid.png", outcomes)
@@ -150,16 +154,18 @@ def _table(title: str, *columns: str) -> Table:
     return made
 
 
-def _attributes(outcomes: dict[str, Outcome]) -> Table:
-    """Single parts right, both of the pair never seen together, all four; and the one before."""
-    columns = (*nouns.KINDS, "head+accessory", "all four", "score above the one before [95 %]")
-    made, before = _table("share of captions", "rung", *columns), None
+def _categories(outcomes: dict[str, Outcome], subject: Subject) -> Table:
+    """Shares of right captions by category of the subject; and the score against the row before."""
+    shares = {
+        name: subject.categories({key: values > 0 for key, values in outcome.values.items()})
+        for name, outcome in outcomes.items()
+    }
+    columns = next(iter(shares.values()))
+    made = _table("share of captions", "rung", *columns, "score above the one before [95 %]")
+    before = None
     for name, outcome in outcomes.items():
-        right = [outcome.values[kind] > 0 for kind in nouns.KINDS]
-        pair = right[nouns.KINDS.index("head")] & right[nouns.KINDS.index("accessory")]
-        every = [*right, pair, right[0] & right[1] & right[2] & right[3]]
         step = "-" if before is None else str(beats(outcome, before, "score"))
-        made.add_row(name, *(f"{x.mean():.3f}" for x in every), step)
+        made.add_row(name, *(f"{share:.3f}" for share in shares[name].values()), step)
         before = outcome
     return made
 

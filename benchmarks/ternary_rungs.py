@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from benchmarks.demo import GRID, MODEL
+from benchmarks.evidence_subjects import GRID, ROOT
+from benchmarks.picture_worlds import WORLDS
 from convert.minilm import load_minilm
 from convert.port import port
 from convert.trajectories import save_trajectories
@@ -25,7 +26,6 @@ from lowbit_jax.distill import latent, split, train
 from lowbit_jax.distill.blocks import feedback_blocks, reconstruct
 from lowbit_jax.distill.trajectories import Trajectories
 from lowbit_jax.distill.velocity import velocity_loss
-from lowbit_jax.evaluation import nouns
 from lowbit_jax.models.flux import FluxTransformer
 from lowbit_jax.models.registry import read_config
 from lowbit_jax.quant.recipe import BLOCK_LINEARS, RECIPES, Feedback, Recipe, Rule, WeightSpec
@@ -57,14 +57,18 @@ class Sizes:
 
 
 class Workshop:
-    """What the rungs share: the float model, captions, trajectories, Hessians; made when needed."""
+    """What the rungs share: the float model, captions, trajectories, Hessians; made when needed.
 
-    def __init__(self, out: Path, sizes: Sizes, console: Console):
+    `model` is one of `WORLDS`.
+    """
+
+    def __init__(self, model: str, out: Path, sizes: Sizes, console: Console):
         self.out, self.sizes, self.console = out, sizes, console
-        self.saved = port(MODEL, dtype=jnp.float32)
+        self.world, folder = WORLDS[model](), ROOT / model
+        self.saved = port(folder, dtype=jnp.float32)
         self.params = self.saved.params
         config = read_config("flux", self.saved.config)
-        schedule = json.loads((MODEL / "scheduler" / "scheduler_config.json").read_text())
+        schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         self.schedule = FlowSchedule.from_json(schedule)
         sigmas = self.schedule.sigmas(STEPS, GRID[0] * GRID[1])
         self.run = self._run(FluxTransformer(config), sigmas)
@@ -78,12 +82,11 @@ class Workshop:
 
     def samples(self, count: int, seed: int, held_out: bool) -> list[Sample]:
         """Noise and encoded captions, training ones or held-out ones."""
-        sprites = nouns.load_sprites()
-        rng = np.random.default_rng(seed)
-        texts = nouns.caption(sprites, nouns.sample_attrs(rng, count, sprites.counts, held_out))
+        world = self.world
+        texts = world.caption(world.sample_attrs(np.random.default_rng(seed), count, held_out))
         encode, out = load_minilm(), []
         for start in range(0, count, 128):
-            states, pooled = encode(texts[start : start + 128], 32)
+            states, pooled = encode(texts[start : start + 128], world.max_len)
             for i in range(len(states)):
                 key = jax.random.fold_in(jax.random.key(seed), start + i)
                 noise = jax.random.normal(key, (1, GRID[0] * GRID[1], 48))

@@ -11,7 +11,7 @@ from rich.console import Console
 
 pytest.importorskip("dm_pix", reason="the evidence needs the extra eval")
 
-from benchmarks.evidence import Outcome
+from benchmarks.evidence import Outcome, Subject
 from benchmarks.ternary import Options, Rung, report
 from benchmarks.ternary_judge import Losses, with_activations
 from benchmarks.ternary_neighbours import NEIGHBOURS, least_error
@@ -45,8 +45,22 @@ def test_the_last_line_and_the_file(tmp_path, capsys):
     }
     floats, eight = outcome(4, 16.0), outcome(2, 4.0)
     options = Options(out=tmp_path, captions=CAPTIONS)
-    found = report(options, floats, rungs, "codes", eight, {}, Console(width=200))
-    last = capsys.readouterr().out.splitlines()[-1]
+    subject = Subject(
+        name="four parts",
+        params=None,
+        sample=lambda params: np.zeros((CAPTIONS, 2, 2, 3)),
+        judge=lambda pictures: {},
+        accuracies=nouns.KINDS,
+        calibrate=dict,
+        settings={},
+        categories=lambda found: {"head and body": (found["head"] & found["body"]).mean()},
+    )
+    found = report(options, subject, floats, rungs, "codes", eight, {}, Console(width=200))
+    printed = capsys.readouterr().out
+    assert re.search("rung +head and body +score above", printed)
+    for row in ("float +1.000 +-", "absmean +0.250 +-0.75", "codes +0.750 +[+]?0.50"):
+        assert re.search(row, printed), row
+    last = printed.splitlines()[-1]
     assert re.fullmatch(
         "figure: float_score=1.0000 absmean_score=0.2500 best_ternary_score=0.7500 "
         "a8_score=0.5000 storage_ratio=4.000",

@@ -1,4 +1,4 @@
-"""The training loop learns, stops, goes on exactly and refuses another setup; its two tasks."""
+"""The training loop learns, stops, goes on exactly and refuses another setup; its tasks."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ pytest.importorskip("optax")
 pytest.importorskip("matplotlib")
 
 from benchmarks import training
-from benchmarks.caption_pool import PoolSpec, open_pool
+from benchmarks.caption_pool import Pool, PoolSpec, open_pool
 from benchmarks.moving_nouns_model import (
     MAX_LEN,
     SCHEDULE,
@@ -28,8 +28,10 @@ from benchmarks.moving_nouns_model import (
     shift_time,
     stdit_config,
 )
+from benchmarks.picture_task import held_out_scores, training_batch
+from benchmarks.picture_worlds import Scenes
 from benchmarks.training_optim import OptimOptions, _muon_axes
-from lowbit_jax.evaluation import moving_nouns
+from lowbit_jax.evaluation import moving_nouns, nouns, scenes
 from lowbit_jax.models.stdit import STDiTTransformer
 from tests.references.scenes import made_up_scene
 
@@ -210,3 +212,47 @@ def test_contact_sheet():
     sheet = contact_sheet(exact, exact + 0.6, across=2)
     assert sheet.shape == (8, 12, 3)
     np.testing.assert_array_equal(sheet[4:6, 8:10], exact[3, 1])
+
+
+@pytest.fixture(scope="module")
+def world():
+    return Scenes(scenes.make_things(made_up_scene(), (9, 99, 199)))
+
+
+@pytest.fixture(scope="module")
+def pool(world):
+    attrs = world.sample_attrs(np.random.default_rng(0), 40, held_out=False)
+    numbers = np.arange(40, dtype=np.float16)
+    states = np.broadcast_to(numbers[:, None, None], (40, world.max_len, 384))
+    return Pool(attrs=attrs, states=states, pooled=states[:, 0])
+
+
+def test_batch_of_scenes_is_of_the_step_and_pictures_fit_their_text(world, pool):
+    first, again, later = (training_batch(pool, world, 16, 5, step) for step in (2, 2, 3))
+    for name, values in first.items():
+        np.testing.assert_array_equal(values, again[name])
+        assert (values != later[name]).any()
+    rows = first["pooled"][:, 0].astype(int)
+    np.testing.assert_array_equal(first["txt"][:, 3, 7], rows)
+    assert scenes.score(world.things, first["images"], pool.attrs[rows])["right"].all()
+    # the same captions in a later pass: other cells
+    passes = [training_batch(pool, world, 40, 5, step) for step in (0, 1)]
+    in_order = [one["images"][np.argsort(one["pooled"][:, 0])] for one in passes]
+    assert 0.2 < (in_order[0] != in_order[1]).any(axis=(1, 2, 3)).mean() < 1
+
+
+def test_held_out_scores_of_scenes(world, pool):
+    """A sampler that draws the first thirty captions exactly, then one that exchanges the cells."""
+    cells = scenes.place(world.things, pool.attrs[:30], np.random.default_rng(6))
+
+    def sampler(cells):
+        pictures = scenes.compose(world.things, cells).astype(np.float32) / 127.5 - 1
+        return lambda params, noise, txt, pooled: nouns.to_latent(pictures)
+
+    scores, sheet = held_out_scores(sampler(cells), world, pool, 30, None)
+    assert set(scores) == {*world.accuracies, *world.scores}
+    assert scores.pop("clarity") > 100 and set(scores.values()) == {1.0}
+    assert sheet.shape == (64, 512, 3)
+    scores, _ = held_out_scores(sampler(cells[:, ::-1]), world, pool, 30, None)
+    expected = {"single": 1, "two": 1, "counting": 1, "position": 0, "right": 0.6, "place": 0.6}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected)

@@ -61,12 +61,14 @@ class Amount:
     seed: int = 0
 
 
-def picture_subject(name: str, amount: Amount, console: Console | None = None) -> Subject:
-    """A shipped FLUX that draws pictures of 32x32 pixels; `name` is one of `WORLDS`.
+def picture_subject(
+    name: str, amount: Amount, console: Console | None = None, folder: Path | None = None
+) -> Subject:
+    """A FLUX that draws pictures of 32x32 pixels, the shipped one or that in `folder`.
 
-    Computed in float32, so that what differs is quantisation alone.
+    `name` is one of `WORLDS`. Computed in float32, so that what differs is quantisation alone.
     """
-    folder, world = ROOT / name, WORLDS[name]()
+    folder, world = folder or ROOT / name, WORLDS[name]()
     saved = port(folder, dtype=jnp.float32)
     model = build(saved.model, saved.config, jnp.float32)
     schedule = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

@@ -1,11 +1,12 @@
 """Export a trained Nouns model as the shipped checkpoint: `python -m benchmarks.ship_nouns RUN`.
 
-Writes `checkpoints/nouns-flux`: weights in diffusers' layout (bfloat16), held-out prompts, and the
-training log with its learning curve.
+Writes `checkpoints/nouns-flux` or another folder: weights in diffusers' layout (bfloat16),
+scheduler, held-out prompts, and the training log with its learning curve.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import tyro
@@ -16,11 +17,13 @@ from benchmarks.shipping import held_out_prompts, ship
 from lowbit_jax.models.flux import FluxConfig
 
 
-def main(run: tyro.conf.Positional[Path]) -> None:
-    """Export the averaged weights of the newest checkpoint of a training run."""
+def main(run: tyro.conf.Positional[Path], folder: Path = MODEL) -> None:
+    """Export the averaged weights of the newest checkpoint of a training run to a folder."""
     world = WORLDS["nouns-flux"]()
     prompts = held_out_prompts(world, world.attributes, world.max_len)
-    ship(run, MODEL, "flux", FluxConfig, prompts)
+    ship(run, folder, "flux", FluxConfig, prompts)
+    if folder != MODEL:
+        shutil.copytree(MODEL / "scheduler", folder / "scheduler", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

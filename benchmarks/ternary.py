@@ -39,6 +39,8 @@ class Options:
 
     model: str = "nouns-flux"
     """Of `benchmarks.picture_worlds.WORLDS`."""
+    checkpoint: Path | None = None
+    """Other weights of it, such as those of another width; by default the shipped ones."""
     out: Path = Path("runs/ternary")
     """Folder with a folder per model: trajectories, models, trainings, results.json, grid.png."""
     quick: bool = False
@@ -65,11 +67,13 @@ def main(options: Options) -> dict[str, Any]:
     if options.quick:
         out = options.out.with_name(options.out.name + "-quick")
         options = replace(options, out=out, captions=min(options.captions, 16), sizes=QUICK)
-    options = replace(options, out=options.out / options.model)
+    name = options.checkpoint.name if options.checkpoint else options.model
+    options = replace(options, out=options.out / name)
     options.out.mkdir(parents=True, exist_ok=True)
-    shop = Workshop(options.model, options.out, options.sizes, console)
+    shop = Workshop(options.model, options.out, options.sizes, console, options.checkpoint)
     judge = Judge(shop)
-    subject = picture_subject(options.model, Amount(captions=options.captions), console)
+    amount = Amount(captions=options.captions)
+    subject = picture_subject(options.model, amount, console, options.checkpoint)
     bench = Bench(subject, options.out / "judged")
     rungs: dict[str, Rung] = {}
     for name in options.rungs:

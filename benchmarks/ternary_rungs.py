@@ -59,12 +59,14 @@ class Sizes:
 class Workshop:
     """What the rungs share: the float model, captions, trajectories, Hessians; made when needed.
 
-    `model` is one of `WORLDS`.
+    `model` is one of `WORLDS`, shipped or in `folder`.
     """
 
-    def __init__(self, model: str, out: Path, sizes: Sizes, console: Console):
+    def __init__(
+        self, model: str, out: Path, sizes: Sizes, console: Console, folder: Path | None = None
+    ):
         self.out, self.sizes, self.console = out, sizes, console
-        self.world, folder = WORLDS[model](), ROOT / model
+        self.world, folder = WORLDS[model](), folder or ROOT / model
         self.saved = port(folder, dtype=jnp.float32)
         self.params = self.saved.params
         config = read_config("flux", self.saved.config)

@@ -17,7 +17,7 @@ from lowbit_jax.evaluation.metrics import Interval, difference_interval
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "LPIPS", "FD")
+COLUMNS = ("bits", "MB", "score %", "PSNR dB", "SSIM", "1000 LPIPS", "FD")
 KEPT = ("score", "psnr", "ssim", "lpips")  # of `Outcome.values`: shown in the first table
 MARGIN = 130  # pixels for names beside a grid
 
@@ -32,7 +32,7 @@ def cells(outcome: Outcome, reference: Outcome) -> list[str]:
         _percent(outcome.interval("score")),
         _number(outcome.interval("psnr"), 1),
         f"{outcome.values['ssim'].mean():.3f}",
-        _number(outcome.interval("lpips"), 4),
+        _number(_times(1000, outcome.interval("lpips")), 2),
         distance,
     ]
 
@@ -65,13 +65,13 @@ def beats(a: Outcome, b: Outcome, name: str = "psnr") -> Interval:
 
 def differences(rows: Mapping[str, Outcome], pairs: Sequence[tuple[str, str]]) -> Table:
     """By how much the first of each pair is above the second, caption by caption, 95 %."""
-    measures = {"PSNR dB": "psnr", "LPIPS": "lpips", "score": "score"}
+    measures = {"PSNR dB": ("psnr", 1), "1000 LPIPS": ("lpips", 1000), "score %": ("score", 100)}
     out = Table(title="differences by caption", box=box.SIMPLE, pad_edge=False)
     for column in ("recipe", "less", *measures):
         out.add_column(column, no_wrap=True)
     for first, second in pairs:
-        found = [beats(rows[first], rows[second], name) for name in measures.values()]
-        out.add_row(first, second, *(f"{x.mean:+.3f} [{x.low:.3f}, {x.high:.3f}]" for x in found))
+        found = [_times(k, beats(rows[first], rows[second], n)) for n, k in measures.values()]
+        out.add_row(first, second, *(f"{x.mean:+.2f} [{x.low:.2f}, {x.high:.2f}]" for x in found))
     return out
 
 
@@ -133,7 +133,11 @@ def _sizes(outcome: Outcome) -> list[str]:
 
 
 def _percent(interval: Interval) -> str:
-    return _number(Interval(*(100 * value for value in interval)), 1)
+    return _number(_times(100, interval), 1)
+
+
+def _times(factor: float, interval: Interval) -> Interval:
+    return Interval(*(factor * value for value in interval))
 
 
 def _number(interval: Interval, digits: int) -> str:

@@ -76,7 +76,7 @@ class Network:
 
     Raises:
         ModuleNotFoundError: onnx is not installed, with the command that does.
-        CheckpointError: linears that are not those of twelve such blocks.
+        CheckpointError: products that are no linear of a block, and linears that are not there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,13 +100,10 @@ class Network:
 
     def inputs(self, pictures: Any) -> Rows:
         """What every linear was given by pictures (1, 3, 224, 224), all their tokens as rows."""
-        found: dict[str, list[np.ndarray]] = {layer: [] for layer in self.sites}
         names = list(dict.fromkeys(site.x for site in self.sites.values()))
-        for pixels in pictures:
-            seen = self.tensors(names, pixels)
-            for layer, site in self.sites.items():
-                found[layer].append(seen[site.x][0])
-        return {layer: np.concatenate(parts) for layer, parts in found.items()}
+        parts = [self.tensors(names, pixels) for pixels in pictures]
+        rows = {name: np.concatenate([part[name][0] for part in parts]) for name in names}
+        return {layer: rows[site.x] for layer, site in self.sites.items()}
 
 
 def find_sites(nodes: Any, weights: Mapping[str, np.ndarray], path: Path) -> dict[str, Site]:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 
+from benchmarks.console import wide_console
 from benchmarks.real_layers import Options, Subject, subjects
 from benchmarks.ternary_rungs import FEEDBACK
 from benchmarks.viditq_layers import measure, table
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(subject: Subject) -> None:
     """Measure and print all rungs."""
-    console = Console()
+    console = wide_console()
     for name in ("absmean", "least squares"):
         ratio = weight_ratio(RUNGS[name], subject.kernels)
         console.print(f"{subject.name}, weights, {name}: {ratio:.1f} dB")

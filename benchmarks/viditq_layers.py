@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.console import wide_console
 from benchmarks.real_layers import Options, Subject, kind_of, subjects
 from lowbit_jax import ops
 from lowbit_jax.quant import hadamard
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(subject: Subject) -> None:
     """Measure and print all methods at all bits."""
-    console = Console()
+    console = wide_console()
     console.print(outliers_table(subject))
     means: dict[str, float] = {}
     for bits in BITS:

@@ -100,6 +100,21 @@ def test_blocks_of_minilm_by_hand():
     check_blocks(rows, weights, heads=encode.config.num_heads, depth=encode.config.num_layers)
 
 
+def test_rows_of_all_pictures_follow_each_other():
+    """A graph whose tensor "a" is the picture's own rows, and "b" twice as much."""
+    network = object.__new__(picture_layers.Network)
+    network.sites = {
+        "blocks/0/query": picture_layers.Site("a", "w0", "b0", "y0"),
+        "blocks/0/key": picture_layers.Site("a", "w1", "b1", "y1"),
+        "blocks/0/proj": picture_layers.Site("b", "w2", "b2", "y2"),
+    }
+    network.tensors = lambda names, x: {n: {"a": x, "b": 2 * x}[n] for n in names}
+    pictures = np.arange(24.0).reshape(2, 1, 3, 4)
+    found = network.inputs(pictures)
+    for layer, times in (("query", 1), ("key", 1), ("proj", 2)):
+        assert np.array_equal(found[f"blocks/0/{layer}"], times * pictures.reshape(6, 4))
+
+
 def node(kind, inputs, output):
     return SimpleNamespace(op_type=kind, input=inputs, output=[output])
 

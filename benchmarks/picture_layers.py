@@ -84,7 +84,7 @@ class Network:
             import onnx
             from onnx.reference import ReferenceEvaluator
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error}; `pip install -e '.[test]'` has onnx") from error
+            raise ModuleNotFoundError(f"{error}: `pip install -e '.[evidence]'`") from error
         model = onnx.load(path)
         self.weights = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
         self.sites = find_sites(model.graph.node, self.weights, path)

@@ -56,7 +56,8 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     found = scenes.score(things, 255 * pictures, shipped.attrs)
     console.print(score_table(found, shipped.attrs))
     shares = scenes.categories(found, shipped.attrs)
-    console.print("GenEval's tasks: " + ", ".join(f"{k} {100 * v:.1f}" for k, v in shares.items()))
+    line = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
+    console.print(f"GenEval's tasks: {line}", soft_wrap=True)
     console.print(f"clarity: {scenes.clarity(things, 255 * pictures).mean():.1f} dB")
 
 

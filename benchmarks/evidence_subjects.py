@@ -167,6 +167,6 @@ def _settings(folder: Path, amount: Amount) -> dict[str, Any]:
 
 
 SUBJECTS: dict[str, Callable[[Amount, Console | None], Subject]] = {
-    "nouns-flux": partial(picture_subject, "nouns-flux"),
+    **{name: partial(picture_subject, name) for name in WORLDS},
     "moving-nouns-stdit": moving_nouns_subject,
 }

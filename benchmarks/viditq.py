@@ -55,8 +55,8 @@ class Options:
 
     quick: bool = False
     """32 captions, five methods, no ladder."""
-    subjects: tuple[str, ...] = tuple(SUBJECTS)
-    """Models."""
+    subjects: tuple[str, ...] = ("nouns-flux", "moving-nouns-stdit")
+    """Shipped models; scenes-flux too."""
     out: Path = Path("runs/viditq")
     """Folder of results, tables and pictures."""
     captions: int = 128

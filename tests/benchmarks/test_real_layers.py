@@ -172,7 +172,7 @@ def test_what_is_missing_is_said_with_the_pinned_command(ask, monkeypatch):
 
 def test_without_onnx_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[test\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[evidence\]'"):
         picture_layers.Network(tmp_path / "net.onnx")
 
 

@@ -1,6 +1,6 @@
 """What evidence is made of: a model with an exact judge, and what one way of quantising does to it.
 
-A `Subject` is a trained model with held-out captions, fixed noise and a judge. `measure` samples it
+A `Subject` is a trained model with held-out captions, fixed noise and a judge. A `Bench` samples it
 with quantised parameters and keeps, per caption, everything that is asked later: exact scores,
 PSNR, SSIM and LPIPS to the float model's pictures at equal noise, and features.
 Results are kept in files, so that a run that was cut goes on where it was.

@@ -54,6 +54,21 @@ def bench(subject, tmp_path, monkeypatch):
     return Bench(subject[0], tmp_path)
 
 
+def test_batches_are_padded_and_cut_again(monkeypatch):
+    """Ten of seven and three: every pair once, in order, in one shape."""
+    monkeypatch.setattr(evidence, "BATCH", 7)
+    shapes = []
+
+    def function(a, b):
+        shapes.append(a.shape)
+        return (a - 2 * b).sum(axis=(1, 2, 3))
+
+    a, b = np.random.default_rng(0).random((2, 10, 4, 5, 3)).astype(np.float32)
+    found = evidence._in_batches(function, a, b)
+    np.testing.assert_allclose(found, (a - 2 * b).sum(axis=(1, 2, 3)), rtol=1e-5)
+    assert shapes == [(7, 4, 5, 3)] * 2
+
+
 def test_values_are_those_of_the_formulas(bench, subject):
     pictures, reference = bench.reference
     outcome = bench.recipe(INT4)

@@ -70,12 +70,13 @@ class Arguments:
     """Replace an output folder that holds an earlier conversion."""
     resume: bool = False
     """Go on with a conversion that was interrupted; give the same source, recipe and options."""
-    method: Literal["rounding", "feedback", "reconstruct", "distill"] = "rounding"
+    method: Literal["rounding", "feedback", "reconstruct", "scales", "distill"] = "rounding"
     """How codes are found; all but rounding sample from --prompts, need the whole model in memory
     and the extra "distill", and keep their work beside OUT, in OUT.work, to go on with."""
     prompts: Path | None = None
-    """A text file with a prompt a line (models with MiniLM's text states), or encoded prompts:
-    safetensors with txt [p, t, k] and pooled [p, k]."""
+    """A text file with a prompt a line (FLUX.1 inside its whole diffusers folder, whose text
+    encoders are run; models with MiniLM's text states), or encoded prompts: safetensors with
+    txt [p, t, k] and pooled [p, k]."""
     budget_minutes: float = 60.0
     """Time for --method in all; more of it means more steps of training."""
     grid: tuple[int, int] = (64, 64)

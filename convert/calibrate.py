@@ -49,9 +49,10 @@ class Arguments:
     checkpoint: tyro.conf.Positional[Path]
     """What convert_and_quantize takes; of a whole pipeline its transformer's folder."""
     prompts: Path
-    """A text file with a prompt a line (models with MiniLM's text states) or, for DiT and Latte, a
-    class label; or encoded prompts: safetensors with txt [p, t, k], pooled [p, v] for FLUX, and
-    optional mask [p, t], negative [t, k], negative_mask [t]."""
+    """A text file with a prompt a line (models with MiniLM's text states; FLUX.1 inside its whole
+    diffusers folder, whose text encoders are run) or, for DiT and Latte, a class label; or encoded
+    prompts: safetensors with txt [p, t, k], pooled [p, v] for FLUX, and optional mask [p, t],
+    negative [t, k], negative_mask [t]."""
     out: Path | None = None
     """The safetensors file to write; needed unless --dry-run."""
     recipe: str | None = None

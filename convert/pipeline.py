@@ -16,9 +16,8 @@ from typing import Any
 from convert.errors import CheckpointError
 from lowbit_jax.checkpoint import OutputError
 from lowbit_jax.checkpoint_store import remove, sync
-from lowbit_jax.models.clip_text import LEGACY_EOS
 from lowbit_jax.pipelines import folder as folders
-from lowbit_jax.pipelines import text
+from lowbit_jax.pipelines.flux_text import FluxTokenizers
 from lowbit_jax.samplers.flow_euler import FlowSchedule
 
 # diffusers' classes of pipelines that are ported, in model_index.json
@@ -75,11 +74,8 @@ def check_fit(folder: Path, configs: Mapping[str, Any]) -> list[str]:
         problems.append(f"scheduler/{path.name}: {error}")
     if problems:
         raise CheckpointError(folder, problems)
-    clip, t5 = configs["text_encoder"], configs["text_encoder_2"]
-    end = None if clip.eos_token_id == LEGACY_EOS else clip.eos_token_id
     try:
-        text.clip_tokenizer(folder / "tokenizer", clip.vocab_size, end)
-        text.t5_tokenizer(folder / "tokenizer_2", t5.vocab_size)
+        FluxTokenizers.read(folder, configs)
     except ModuleNotFoundError:
         return ["the tokenisers were not checked: the package tokenizers is not installed"]
     return []

@@ -1,14 +1,18 @@
 """What to sample, from a file: prompts as text, prompts that are encoded already, or class labels.
 
-A text file has one a line. A safetensors file has `txt` [p, t, k] and, as the model takes them,
+A text file has one a line; its text is encoded by MiniLM, or by a FLUX.1's own encoders (see
+`convert.flux_prompts`). A safetensors file has `txt` [p, t, k] and, as the model takes them,
 `pooled` [p, v]; it may have `mask` [p, t] (1: no padding), and for guidance of models that store no
 null caption `negative` [t, k] with `negative_mask` [t].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -16,7 +20,7 @@ from jaxtyping import Bool, Float32, Int32
 from convert.minilm import load_minilm
 from convert.safetensors import TensorFile
 
-MINILM_WIDTH, MINILM_TOKENS = 384, 32
+MINILM_TOKENS = 32
 OPTIONAL = ("mask", "negative", "negative_mask")
 
 
@@ -40,16 +44,34 @@ class Prompts:
         return len(self.txt)
 
 
+class TextEncoder(NamedTuple):
+    """What text is encoded by.
+
+    Attributes:
+        encode: texts -> states [p, t, k], pooled vectors [p, v].
+        width: k and v; None where they are known to be the model's.
+    """
+
+    encode: Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+    width: int | None = None
+
+
+def minilm(tokens: int = MINILM_TOKENS) -> TextEncoder:
+    """MiniLM, which the small models of this project are trained with; states of `tokens`."""
+    loaded = cache(load_minilm)  # when it is first called, and not before
+    return TextEncoder(lambda texts: loaded()(texts, tokens), width=384)
+
+
 def read_prompts(
-    path: Path, *, context: int, pooled: int | None = None, tokens: int = MINILM_TOKENS
+    path: Path, *, context: int, pooled: int | None = None, encoder: TextEncoder
 ) -> Prompts:
-    """Read prompts; text is encoded by MiniLM, with the states of "" as `negative`.
+    """Read prompts; text is encoded, and "" for `negative` where the model takes no pooled vector.
 
     Args:
         path: the file, see the module.
         context: k, width of the model's text states.
         pooled: v, width of its pooled vector; None if it takes none.
-        tokens: t of text that is encoded here.
+        encoder: of text.
 
     Raises:
         ValueError: none in it, or none that the model takes: says what is wrong with which.
@@ -58,7 +80,7 @@ def read_prompts(
     if path.suffix == ".safetensors":
         found = _read_encoded(path, pooled is not None)
     else:
-        found = _encode(path, context, pooled, tokens)
+        found = _encode(path, context, pooled, encoder)
     _check(path, found, context, pooled)
     return found
 
@@ -100,25 +122,24 @@ def _lines(path: Path, what: str) -> list[tuple[int, str]]:
     return lines
 
 
-def _encode(path: Path, context: int, pooled: int | None, tokens: int) -> Prompts:
+def _encode(path: Path, context: int, pooled: int | None, encoder: TextEncoder) -> Prompts:
     lines = [line for _, line in _lines(path, "prompts")]
     widths = [width for width in (context, pooled) if width is not None]
-    if any(width != MINILM_WIDTH for width in widths):
+    if encoder.width is not None and any(width != encoder.width for width in widths):
         raise ValueError(
             f"{path}: this model's text states are {' and '.join(map(str, widths))} wide; only "
-            f"MiniLM ({MINILM_WIDTH}) is run here. Give a safetensors file of encoded prompts: "
+            f"MiniLM ({encoder.width}) is run here, and FLUX.1's own encoders where they are in "
+            "the checkpoint's pipeline: model_index.json, text_encoder, text_encoder_2, tokenizer "
+            "and tokenizer_2 beside it. Give those, or a safetensors file of encoded prompts: "
             f"txt [p, t, k]{'' if pooled is None else ', pooled [p, k]'}"
         )
-    encode = load_minilm()
-    txt, vectors = (np.asarray(x, np.float32) for x in encode(lines, tokens))
-    empty = np.asarray(encode([""], tokens)[0], np.float32)
-    # states are exactly zero where padded, and nowhere else
-    return Prompts(
-        txt=txt,
-        mask=(txt != 0).any(axis=-1),
-        pooled=None if pooled is None else vectors,
-        negative=(empty, (empty != 0).any(axis=-1)),
-    )
+    txt, vectors = (np.asarray(x, np.float32) for x in encoder.encode(lines))
+    # MiniLM's states are exactly zero where padded, and nowhere else
+    mask = (txt != 0).any(axis=-1)
+    if pooled is not None:  # FLUX, whose guidance is distilled and whose padding is attended to
+        return Prompts(txt=txt, mask=mask, pooled=vectors)
+    empty = np.asarray(encoder.encode([""])[0], np.float32)
+    return Prompts(txt=txt, mask=mask, negative=(empty, (empty != 0).any(axis=-1)))
 
 
 def _read_encoded(path: Path, takes_pooled: bool) -> Prompts:

@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from convert.flux_prompts import read_flux_prompts
 from convert.job import Job
-from convert.prompts import MINILM_TOKENS, Prompts, read_labels, read_prompts
+from convert.prompts import MINILM_TOKENS, Prompts, minilm, read_labels, read_prompts
 from lowbit_jax.calibration import drivers
 from lowbit_jax.calibration.collect import Run, Sample
 from lowbit_jax.calibration.ranges import TimestepRanges
@@ -211,7 +212,7 @@ def _flux(job: Job, path: Path, settings: Settings) -> Subject:
     config, schedule = job.config, find_schedule(job)
     if settings.guidance is not None and not config.guidance_embed:
         raise ValueError(f"--guidance {settings.guidance:g}: this FLUX is told no guidance")
-    prompts = read_prompts(path, context=config.context_in_dim, pooled=config.vec_in_dim)
+    prompts = read_flux_prompts(job, path)
     grid = settings.grid or FLUX_GRID
     tokens = grid[0] * grid[1]
     run = drivers.flux_run(
@@ -263,7 +264,8 @@ def _classes(job: Job, path: Path, settings: Settings) -> Subject:
 def _captions(job: Job, path: Path, settings: Settings) -> Subject:
     config, schedule = job.config, find_schedule(job)
     stored = getattr(config, "null_caption_length", 0)
-    prompts = read_prompts(path, context=config.caption_channels, tokens=stored or MINILM_TOKENS)
+    encoder = minilm(stored or MINILM_TOKENS)
+    prompts = read_prompts(path, context=config.caption_channels, encoder=encoder)
     negative: Any = None if stored else prompts.negative
     if not stored and negative is None:
         raise ValueError(

@@ -2,6 +2,8 @@
 
     feedback     block after block, codes with error feedback from X^T X of what the block is given
     reconstruct  and then each block trained against the float block
+    scales       and then all scales, biases and norms together against the float velocity, the
+                 float model out of memory by then
     distill      or, after feedback, all codes and scales together against the float velocity
 
 The whole float model is in memory while it samples; what else, `show_estimate` says before.
@@ -22,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from convert.flux_prompts import read_flux_prompts
 from convert.job import Job, manifest
 from convert.port import float_params
-from convert.prompts import read_prompts
 from convert.sampling import find_schedule, flux_sample
 from convert.trajectories import save_trajectories
 from lowbit_jax.calibration import drivers
@@ -38,7 +40,13 @@ from lowbit_jax.models.flux import FluxTransformer
 from lowbit_jax.quant.qtensor import is_qtensor, tree_bytes
 from lowbit_jax.quant.recipe import Feedback
 
-Method = Literal["feedback", "reconstruct", "distill"]
+Method = Literal["feedback", "reconstruct", "scales", "distill"]
+RUNGS: dict[Method, tuple[Method, ...]] = {
+    "feedback": ("feedback",),
+    "reconstruct": ("feedback", "reconstruct"),
+    "scales": ("feedback", "reconstruct", "scales"),
+    "distill": ("feedback", "distill"),
+}
 STEPS = 16  # of a trajectory
 ROWS = 1024  # forwards that blocks are shown, of all prompts and steps,
 ACTIVATIONS = 32e9  # or as many as take these bytes
@@ -72,11 +80,14 @@ class Lesson:
             raise ValueError(f"--budget-minutes must be positive, got {self.minutes:g}")
 
 
-def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[str, int]:
+def memory_bytes(
+    params: Any, quantized: int, method: Method, batch: int, tokens: int
+) -> dict[str, int]:
     """Bytes that each part needs at its peak, by shapes; activations of one block by a rule.
 
     Args:
         params: float parameters, or their shapes.
+        quantized: bytes of the quantised ones.
         method: see the module.
         batch: of a training step.
         tokens: of text and picture.
@@ -90,6 +101,7 @@ def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[s
         for segment in stack.values()
     ]
     every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stacks))
+    outputs = sum(math.prod(shape) // shape[-2] for shape in _kernels(stacks, whole=True))
     layers = sum(len(jax.tree.leaves(s)[0]) for stack in stacks for s in stack.values())
     width = max(n for _, n in kernels) + max(k for k, _ in kernels)
     activations = 4 * batch * tokens * width * 2  # of one block, forward and backward
@@ -99,11 +111,12 @@ def memory_bytes(params: Any, method: Method, batch: int, tokens: int) -> dict[s
         "feedback": floats + max(12 * k * k + 24 * k * n for k, n in kernels),
         # latent weights, their gradient and two moments of one block
         "reconstruct": floats + 16 * max(blocks) + activations,
+        # a scale and a bias of each output, their gradients and moments; an input of each block
+        "scales": quantized + 32 * outputs + layers * batch * row + activations,
         "distill": floats + 16 * every + layers * batch * row + activations,
     }
     grams = max(sum(8 * k * k for k, _ in _kernels(stack)) for stack in stacks)
-    out = {"feedback": device["feedback"], method: device[method]}
-    return out | {
+    return {rung: device[rung] for rung in RUNGS[method]} | {
         "on the host or on disk (X^T X of a block, activations)": grams + 4 * _most_rows(row) * row
     }
 
@@ -118,10 +131,11 @@ def _most_rows(row: int) -> int:
     return max(1, min(ROWS, int(ACTIVATIONS / (4 * row))))
 
 
-def _kernels(tree: Any) -> list[tuple[int, ...]]:
-    """(k, n) of every kernel, of a stack once."""
+def _kernels(tree: Any, whole: bool = False) -> list[tuple[int, ...]]:
+    """(k, n) of every kernel, of a stack once; or its whole shape."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [leaf.shape[-2:] for path, leaf in flat if path[-1].key == "kernel"]
+    shapes = [leaf.shape for path, leaf in flat if path[-1].key == "kernel"]
+    return shapes if whole else [shape[-2:] for shape in shapes]
 
 
 def write_taught(
@@ -160,7 +174,7 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
         raise ValueError(f"--method teaches FLUX; this is {job.model}")
     start = time.monotonic()
     config, patches = job.config, lesson.grid[0] * lesson.grid[1]
-    prompts = read_prompts(lesson.prompts, context=config.context_in_dim, pooled=config.vec_in_dim)
+    prompts = read_flux_prompts(job, lesson.prompts)
     samples = [
         flux_sample(config, prompts, i, tokens=patches, seed=lesson.seed)
         for i in range(len(prompts))
@@ -171,7 +185,8 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
     sigmas = find_schedule(job).sigmas(STEPS, patches)
     run = drivers.flux_run(model, sigmas, grid=lesson.grid)
     seconds = _forward_seconds(run, params, samples[0])
-    show_estimate(lesson, params, len(samples), seconds, tokens, console)
+    memory = memory_bytes(params, job.sizes().after, lesson.method, lesson.batch, tokens)
+    show_estimate(lesson, memory, len(samples), seconds, console)
 
     size = min(32, len(samples))
     data = save_trajectories(lesson.folder / "trajectories", run, params, samples, size=size)
@@ -192,10 +207,20 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
         )
     facts = {"prompts": len(data), "steps": data.steps, "trajectories": data.digest}
     rungs = [{"rung": "feedback", "rows": rows, **dataclasses.asdict(options)}]
-    if lesson.method != "feedback":
-        left = lesson.minutes - (time.monotonic() - start) / 60
-        tree, rung = _train(lesson, run, params, tree, data, rows, seconds, left, console)
-        rungs.append(rung)
+    trainings = RUNGS[lesson.method][1:]
+    for number, rung in enumerate(trainings):
+        left = (lesson.minutes - (time.monotonic() - start) / 60) / (len(trainings) - number)
+        if left <= 0:
+            raise ValueError(
+                f"the budget of {lesson.minutes:g} minutes is spent before '{rung}'; give more, or "
+                "fewer prompts. What is recorded is used again"
+            )
+        if any((lesson.folder / later).exists() for later in trainings[number + 1 :]):
+            left = 0.0  # the next one has begun with what this gave; going on would change that
+        if rung == "scales":
+            params = None  # has given all that is asked of it, and its memory is needed
+        tree, done = _train(rung, lesson, run, params, tree, data, rows, seconds, left, console)
+        rungs.append(done)
     minutes = round((time.monotonic() - start) / 60, 2)
     tree = jax.tree.map(partial(_cast, dtype=job.dtype), tree, is_leaf=is_qtensor)
     return tree, {"method": lesson.method, **facts, "rungs": rungs, "minutes": minutes}
@@ -206,10 +231,9 @@ def _cast(leaf: Any, dtype: Any) -> Any:
 
 
 def show_estimate(
-    lesson: Lesson, params: Any, prompts: int, seconds: float, tokens: int, console: Console
+    lesson: Lesson, memory: dict[str, int], prompts: int, seconds: float, console: Console
 ) -> None:
     """What it will take, before it is taken: from one forward that was timed, and from shapes."""
-    memory = memory_bytes(params, lesson.method, lesson.batch, tokens)
     console.print(
         f"{lesson.method}: a forward takes {seconds:.3f} s; trajectories of {prompts} prompts "
         f"about {prompts * STEPS * seconds / 60:.1f} min, {lesson.minutes:g} min in all",
@@ -236,6 +260,7 @@ def _forward_seconds(run: Run, params: Any, sample: Sample) -> float:
 
 
 def _train(
+    rung: Method,
     lesson: Lesson,
     run: Run,
     params: Any,
@@ -246,50 +271,41 @@ def _train(
     minutes: float,
     console: Console,
 ) -> tuple[Any, dict[str, Any]]:
-    """The training of a method, in the time that is left."""
+    """One training, of what the rung before gave, in its share of the time that is left."""
     minutes *= SHARE
-    if minutes <= 0:
-        raise ValueError(
-            f"the budget of {lesson.minutes:g} minutes is spent on trajectories and feedback; give "
-            "more, or fewer prompts. What is recorded is used again"
-        )
     # a step is two forwards and a backward pass of twice a forward, of `batch` entries
-    steps = _planned(lesson.folder, max(2, int(60 * minutes / (4 * seconds * lesson.batch))))
+    steps = _planned(lesson.folder / rung, max(2, int(60 * minutes / (4 * seconds * lesson.batch))))
     options = train.Options(steps=steps, learning_rate=3e-4, batch=lesson.batch, seed=lesson.seed)
-    folder = lesson.folder / lesson.method
-    if lesson.method == "reconstruct":
-        made = reconstruct(
-            run,
-            params,
-            tree,
-            data,
-            options,
-            rows=rows,
-            folder=folder,
-            minutes=minutes,
-            console=console,
-        )
+    kept: dict[str, Any] = {
+        "folder": lesson.folder / rung,
+        "minutes": minutes,
+        "console": console,
+    }
+    if rung == "reconstruct":
+        made = reconstruct(run, params, tree, data, options, rows=rows, **kept)
         done = {name: found.step for name, found in made.fits.items()}
-        return made.params, {"rung": "reconstruct", "rows": rows, "planned": steps, "steps": done}
-    parts = split.split(latent.latents(params, tree), split.CODES)
+        return made.params, {"rung": rung, "rows": rows, "planned": steps, "steps": done}
+    if rung == "scales":
+        parts = split.split(latent.rescaled(tree), split.SCALES)
+    else:
+        parts = split.split(latent.latents(params, tree), split.CODES)
     found = train.fit(
         velocity_loss(run),
         parts,
         lambda step: data.batch(step, options.batch, options.seed),
         options,
-        folder,
-        name="distill",
+        name=rung,
         about=data.digest,
-        minutes=minutes,
-        console=console,
+        **kept,
     )
     tree = latent.tensors(parts.join(found.trained, parts.frozen))
-    return tree, {"rung": "distill", "planned": steps, "steps": found.step}
+    return tree, {"rung": rung, "planned": steps, "steps": found.step}
 
 
 def _planned(folder: Path, steps: int) -> int:
     """The steps of a training: those planned when it was begun, if it was."""
     file = folder / "steps.json"
     if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(steps))
     return json.loads(file.read_text())

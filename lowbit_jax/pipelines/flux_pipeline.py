@@ -23,7 +23,6 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Float32, UInt8
 
 from lowbit_jax.checkpoint import Part, SavedModel, load, read_manifest
-from lowbit_jax.models.clip_text import LEGACY_EOS
 from lowbit_jax.models.flux import Modulations
 from lowbit_jax.models.flux_modulation import (
     is_modulation,
@@ -33,8 +32,8 @@ from lowbit_jax.models.flux_modulation import (
 )
 from lowbit_jax.models.patches import patches
 from lowbit_jax.models.registry import build, read_config
+from lowbit_jax.pipelines import flux_text
 from lowbit_jax.pipelines import folder as folders
-from lowbit_jax.pipelines import text
 from lowbit_jax.pipelines.flux_programs import (
     PATCH,
     decoded,
@@ -138,10 +137,7 @@ class FluxPipeline:
             raise folders.PipelineError(f"{self.folder}: {'; '.join(problems)}")
         scheduler = self.folder / "scheduler" / "scheduler_config.json"
         self._schedule = FlowSchedule.from_json(json.loads(scheduler.read_text()))
-        clip, t5 = self.configs["text_encoder"], self.configs["text_encoder_2"]
-        end = None if clip.eos_token_id == LEGACY_EOS else clip.eos_token_id
-        self._clip_tokens = text.clip_tokenizer(self.folder / "tokenizer", clip.vocab_size, end)
-        self._t5_tokens = text.t5_tokenizer(self.folder / "tokenizer_2", t5.vocab_size)
+        self._tokenizers = flux_text.FluxTokenizers.read(self.folder, self.configs)
         self._parts: dict[str, _Part] = {}
         self._texts: dict[tuple[str, int], TextStates] = {}
 
@@ -247,7 +243,7 @@ class FluxPipeline:
             guidance=None if guidance is None else float(guidance),
             height=height,
             width=width,
-            max_length=max_length or (512 if self.is_dev else 256),
+            max_length=max_length or flux_text.text_length(self.configs["transformer"]),
         )
 
     def noise(self, seed: int, height: int, width: int) -> Float32[Array, "1 i c"]:
@@ -271,28 +267,21 @@ class FluxPipeline:
         """
         new = [p for p in dict.fromkeys(prompts) if (p, max_length) not in self._texts]
         if new:
-            positions = self.configs["text_encoder"].max_position_embeddings
-            tokens = [self._clip_tokens(new, positions), self._t5_tokens(new, max_length)]
-            for name, found in zip(("CLIP", "T5"), tokens, strict=True):
-                for prompt, rest in zip(new, found.dropped, strict=True):
-                    if rest:
-                        length = found.ids.shape[1]
-                        self.report(
-                            f"{name} takes {length} tokens; of {prompt[:40]!r}... it does not see "
-                            f"{rest!r}"
-                        )
-            pooled = self._encode_all("text_encoder", pooled_vector, tokens[0].ids, progress)
-            states = self._encode_all("text_encoder_2", text_states, tokens[1].ids, progress)
+            ids = self._tokenizers(new, max_length, self.report)
+            pooled = self._encode_all(flux_text.CLIP, pooled_vector, ids, progress)
+            states = self._encode_all(flux_text.T5, text_states, ids, progress)
             for prompt, *both in zip(new, pooled, states, strict=True):
                 self._texts[prompt, max_length] = TextStates(*both)
         return [self._texts[prompt, max_length] for prompt in prompts]
 
-    def _encode_all(self, name: str, encode: Callable, ids: np.ndarray, progress: Progress) -> list:
-        part = self._load(name, progress)
+    def _encode_all(
+        self, name: str, encode: Callable, ids: dict[str, np.ndarray], progress: Progress
+    ) -> list:
+        part, rows = self._load(name, progress), ids[name]
         found = []
-        for index, row in enumerate(ids):
+        for index, row in enumerate(rows):
             found.append(encode(part.model, part.params, row[None]))
-            progress(name, index + 1, len(ids))
+            progress(name, index + 1, len(rows))
         jax.block_until_ready(found)
         self._release(name)
         return found

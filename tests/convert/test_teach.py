@@ -27,7 +27,7 @@ def prompts(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["reconstruct", "distill"])  # feedback is the first of both
+@pytest.mark.parametrize("method", ["scales", "distill"])  # the other two are rungs of the first
 def test_a_method(convert, tmp_path, source, prompts, method, monkeypatch):
     """What is saved has the bytes of plain rounding, other codes, and runs."""
     monkeypatch.setattr(teach, "STEPS", 4)
@@ -38,10 +38,13 @@ def test_a_method(convert, tmp_path, source, prompts, method, monkeypatch):
     assert "a forward takes" in out and "memory, feedback: about" in out
     told = read_manifest(tmp_path / "out")["taught"]
     assert (told["method"], told["prompts"], told["steps"]) == (method, PROMPTS, 4)
-    assert [rung["rung"] for rung in told["rungs"]] == ["feedback", method]
-    assert told["rungs"][0]["rows"] == PROMPTS * 4
-    steps = told["rungs"][1]["steps"]
-    assert steps == (2 if method == "distill" else dict.fromkeys(steps, 2))
+    rungs = {rung["rung"]: rung for rung in told["rungs"]}
+    assert tuple(rungs) == teach.RUNGS[method]
+    assert rungs["feedback"]["rows"] == PROMPTS * 4
+    assert rungs[method]["steps"] == 2
+    if method == "scales":
+        blocks = rungs["reconstruct"]["steps"]
+        assert blocks == dict.fromkeys(blocks, 2)
     taught, plain = load(tmp_path / "out").params, port(source, "flux-1.58bit-a8").params
     assert jax.tree.structure(taught) == jax.tree.structure(plain)
     assert tree_bytes(taught) == tree_bytes(plain)
@@ -63,10 +66,44 @@ def test_what_is_missing_is_said(convert, source, prompts, tmp_path, refused):
     assert "holds no prompts" in refused(source, *given, str(lines), recipe="flux-1.58bit")
 
 
+@pytest.mark.slow
+def test_scales_move_and_codes_stay(convert, tmp_path, source, prompts, monkeypatch):
+    """In the same folder as reconstruction, whose blocks are there and not trained again."""
+    monkeypatch.setattr(teach, "STEPS", 4)
+    monkeypatch.setattr(teach, "_planned", lambda folder, steps: 2)
+    options, layers = ["--prompts", str(prompts), "--grid", "2", "2", "--overwrite"], []
+    for method in ("reconstruct", "scales"):
+        code, *_ = convert(source, "--method", method, *options, recipe="flux-1.58bit")
+        assert code == 0
+        layers.append(iter_layers(load(tmp_path / "out").params))
+    pairs = [(a, b) for (_, a, _), (_, b, _) in zip(*layers, strict=True) if isinstance(a, QTensor)]
+    assert pairs and all(np.array_equal(a.codes, b.codes) for a, b in pairs)
+    assert all(not np.array_equal(a.scale, b.scale) for a, b in pairs)
+
+
+def test_what_a_rung_has_begun_with_stays(convert, tmp_path, source, prompts, monkeypatch):
+    """Blocks that the budget cut short are not gone on with once scales have begun."""
+    given = {}
+
+    def note(rung, lesson, run, params, tree, data, rows, seconds, minutes, console):
+        given[rung] = params is None, minutes
+        return tree, {"rung": rung}
+
+    monkeypatch.setattr(teach, "STEPS", 2)
+    monkeypatch.setattr(teach, "_train", note)
+    options = ["--method", "scales", "--prompts", str(prompts), "--grid", "2", "2", "--overwrite"]
+    assert convert(source, *options, recipe="flux-1.58bit")[0] == 0
+    assert given["scales"][0] and not given["reconstruct"][0]  # the float model is let go
+    assert 0 < given["reconstruct"][1] < 30 < given["scales"][1] < 60
+    (tmp_path / "out.work" / "scales").mkdir()
+    assert convert(source, *options, recipe="flux-1.58bit")[0] == 0
+    assert given["reconstruct"][1] == 0 < given["scales"][1]
+
+
 def test_memory_of_full_size_flux():
     """By hand: 23.8 GB of bfloat16; k = 15360, n = 3072; 339.8 M parameters in a double block."""
-    params = abstract_params(FLUX_DEV)
-    found = teach.memory_bytes(params, "reconstruct", 1, 4608)
+    params, quantized = abstract_params(FLUX_DEV), 3 * 10**9
+    found = teach.memory_bytes(params, quantized, "scales", 1, 4608)
     weights = tree_bytes(params)
     assert found["feedback"] == weights + 12 * 15360**2 + 24 * 15360 * 3072
     shapes = jax.tree.leaves(params["double_blocks"])
@@ -75,6 +112,10 @@ def test_memory_of_full_size_flux():
     activations = 4 * 4608 * (21504 + 15360) * 2
     assert found["reconstruct"] == weights + 16 * block + activations
     assert max(found["feedback"], found["reconstruct"]) < 80e9
-    assert teach.memory_bytes(params, "distill", 1, 4608)["distill"] > 80e9
-    small = dataclasses.replace(FLUX_DEV, depth=0, depth_single_blocks=1)
-    assert teach.memory_bytes(abstract_params(small), "feedback", 1, 4608)["feedback"] < 80e9
+    # outputs of modulation, q k v, attention's projection and both MLP linears; a block's inputs
+    outputs = 19 * 2 * (18432 + 9216 + 3072 + 12288 + 3072) + 38 * (9216 + 21504 + 3072)
+    held = quantized + 32 * outputs + 57 * 4 * 4608 * 3072
+    assert found["scales"] == held + activations < 10e9
+    assert teach.memory_bytes(params, quantized, "distill", 1, 4608)["distill"] > 80e9
+    small = abstract_params(dataclasses.replace(FLUX_DEV, depth=0, depth_single_blocks=1))
+    assert teach.memory_bytes(small, quantized, "feedback", 1, 4608)["feedback"] < 80e9

@@ -95,6 +95,16 @@ def write_pipeline(folder, *, dev=True):
     return folder
 
 
+def encode_prompts(folder, prompts, length):
+    """diffusers' states of T5 and vectors of CLIP, float32."""
+    pipeline = FluxPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        states, pooled, _ = pipeline.encode_prompt(
+            list(prompts), prompt_2=None, max_sequence_length=length
+        )
+    return states.numpy(), pooled.numpy()
+
+
 def run_pipeline(folder, prompts, noise, *, steps, guidance, height, width, max_length):
     """diffusers' pictures as bytes."""
     pipeline = FluxPipeline.from_pretrained(folder)

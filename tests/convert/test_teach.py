@@ -26,31 +26,50 @@ def prompts(tmp_path):
     return write_safetensors(tmp_path / "prompts.safetensors", {"txt": states, "pooled": pooled})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["scales", "distill"])  # the other two are rungs of the first
-def test_a_method(convert, tmp_path, source, prompts, method, monkeypatch):
-    """What is saved has the bytes of plain rounding, other codes, and runs."""
+@pytest.fixture
+def teach_by(convert, tmp_path, source, prompts, monkeypatch):
+    """Run a method with two steps of training: what the manifest says, ternary layers by path."""
     monkeypatch.setattr(teach, "STEPS", 4)
     monkeypatch.setattr(teach, "_planned", lambda folder, steps: 2)
-    options = ["--method", method, "--prompts", str(prompts), "--grid", "2", "2"]
-    code, out, errors = convert(source, *options, recipe="flux-1.58bit-a8")
-    assert (code, errors) == (0, [])
-    assert "a forward takes" in out and "memory, feedback: about" in out
-    told = read_manifest(tmp_path / "out")["taught"]
-    assert (told["method"], told["prompts"], told["steps"]) == (method, PROMPTS, 4)
-    rungs = {rung["rung"]: rung for rung in told["rungs"]}
-    assert tuple(rungs) == teach.RUNGS[method]
-    assert rungs["feedback"]["rows"] == PROMPTS * 4
-    assert rungs[method]["steps"] == 2
-    if method == "scales":
-        blocks = rungs["reconstruct"]["steps"]
-        assert blocks == dict.fromkeys(blocks, 2)
-    taught, plain = load(tmp_path / "out").params, port(source, "flux-1.58bit-a8").params
-    assert jax.tree.structure(taught) == jax.tree.structure(plain)
-    assert tree_bytes(taught) == tree_bytes(plain)
-    pairs = zip(iter_layers(taught), iter_layers(plain), strict=True)
-    ternary = [(a, b) for (_, a, _), (_, b, _) in pairs if isinstance(a, QTensor)]
-    assert ternary and all(not np.array_equal(a.codes, b.codes) for a, b in ternary)
+    options = ["--prompts", str(prompts), "--grid", "2", "2", "--overwrite"]
+
+    def run(method):
+        code, out, errors = convert(source, "--method", method, *options, recipe="flux-1.58bit-a8")
+        assert (code, errors) == (0, [])
+        assert "a forward takes" in out and "memory, feedback: about" in out
+        told = read_manifest(tmp_path / "out")["taught"]
+        assert (told["method"], told["prompts"], told["steps"]) == (method, PROMPTS, 4)
+        taught, plain = load(tmp_path / "out").params, port(source, "flux-1.58bit-a8").params
+        assert jax.tree.structure(taught) == jax.tree.structure(plain)
+        assert tree_bytes(taught) == tree_bytes(plain)
+        pairs = zip(iter_layers(taught), iter_layers(plain), strict=True)
+        ternary = {path: (a, b) for (path, a, _), (_, b, _) in pairs if isinstance(a, QTensor)}
+        assert ternary and all(not np.array_equal(a.codes, b.codes) for a, b in ternary.values())
+        rungs = {rung["rung"]: rung for rung in told["rungs"]}
+        assert tuple(rungs) == teach.RUNGS[method]
+        assert rungs["feedback"]["rows"] == PROMPTS * 4
+        return rungs, {path: layer for path, (layer, _) in ternary.items()}
+
+    return run
+
+
+@pytest.mark.slow
+def test_codes(teach_by):
+    """What is saved has the bytes of plain rounding, other codes, and runs."""
+    rungs, _ = teach_by("distill")
+    assert rungs["distill"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_blocks_and_then_scales(teach_by):
+    """In one folder: the blocks are there and not trained again; then scales move, codes stay."""
+    rungs, blocks = teach_by("reconstruct")
+    steps = rungs["reconstruct"]["steps"]
+    assert steps == dict.fromkeys(steps, 2)
+    rungs, scaled = teach_by("scales")
+    assert rungs["reconstruct"]["steps"] == steps and rungs["scales"]["steps"] == 2
+    assert all(np.array_equal(blocks[path].codes, scaled[path].codes) for path in blocks)
+    assert all(not np.array_equal(blocks[path].scale, scaled[path].scale) for path in blocks)
 
 
 def test_what_is_missing_is_said(convert, source, prompts, tmp_path, refused):
@@ -64,21 +83,6 @@ def test_what_is_missing_is_said(convert, source, prompts, tmp_path, refused):
     assert "must be positive" in said
     lines.write_text("\n")
     assert "holds no prompts" in refused(source, *given, str(lines), recipe="flux-1.58bit")
-
-
-@pytest.mark.slow
-def test_scales_move_and_codes_stay(convert, tmp_path, source, prompts, monkeypatch):
-    """In the same folder as reconstruction, whose blocks are there and not trained again."""
-    monkeypatch.setattr(teach, "STEPS", 4)
-    monkeypatch.setattr(teach, "_planned", lambda folder, steps: 2)
-    options, layers = ["--prompts", str(prompts), "--grid", "2", "2", "--overwrite"], []
-    for method in ("reconstruct", "scales"):
-        code, *_ = convert(source, "--method", method, *options, recipe="flux-1.58bit")
-        assert code == 0
-        layers.append(iter_layers(load(tmp_path / "out").params))
-    pairs = [(a, b) for (_, a, _), (_, b, _) in zip(*layers, strict=True) if isinstance(a, QTensor)]
-    assert pairs and all(np.array_equal(a.codes, b.codes) for a, b in pairs)
-    assert all(not np.array_equal(a.scale, b.scale) for a, b in pairs)
 
 
 def test_what_a_rung_has_begun_with_stays(convert, tmp_path, source, prompts, monkeypatch):

@@ -30,7 +30,15 @@ SAMPLE_STEPS = 20
 GUIDANCE_SCALE = 1.5  # every part and motion is right without, too, and the PSNR falls with it
 CAPTION_DROPOUT = 0.1
 # Times are shifted towards noise by the ratio of the sides, 32 / 8.
-SCHEDULE = RectifiedFlowSchedule(ratio=4.0, prediction_type="sample")
+SCHEDULER = {
+    "_class_name": "RFLOW",
+    "num_timesteps": 1000,
+    "use_discrete_timesteps": False,
+    "use_timestep_transform": True,
+    "ratio": 4.0,
+    "prediction_type": "sample",
+}
+SCHEDULE = RectifiedFlowSchedule.from_json(SCHEDULER)
 MIN_TIME = 0.2  # of the loss's weight; the sampler's last time is 0.17
 
 ACCURACIES = (*PARTS, "direction", "speed")

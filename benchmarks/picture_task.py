@@ -13,7 +13,7 @@ from jaxtyping import UInt8
 from rich.console import Console
 
 from benchmarks.caption_pool import Pool, PoolSpec, open_pools
-from benchmarks.nouns_model import (
+from benchmarks.picture_model import (
     comparison_sheet,
     flow_loss,
     flux_config,

@@ -6,12 +6,12 @@ scheduler, held-out prompts, and the training log with its learning curve.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import tyro
 
 from benchmarks.demo import MODEL
+from benchmarks.picture_model import SCHEDULER
 from benchmarks.picture_worlds import WORLDS
 from benchmarks.shipping import held_out_prompts, ship
 from lowbit_jax.models.flux import FluxConfig
@@ -21,9 +21,7 @@ def main(run: tyro.conf.Positional[Path], folder: Path = MODEL) -> None:
     """Export the averaged weights of the newest checkpoint of a training run to a folder."""
     world = WORLDS["nouns-flux"]()
     prompts = held_out_prompts(world, world.attributes, world.max_len)
-    ship(run, folder, "flux", FluxConfig, prompts)
-    if folder != MODEL:
-        shutil.copytree(MODEL / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    ship(run, folder, "flux", FluxConfig, SCHEDULER, prompts)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ weights and prints the shares of right answers, for the folder's README.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import demo
+from benchmarks.picture_model import SCHEDULER
 from benchmarks.picture_worlds import Scenes
 from benchmarks.shipping import held_out_prompts, ship
 from convert.port import port
@@ -49,8 +49,7 @@ def main(run: tyro.conf.Positional[Path]) -> None:
     things, console = scenes.load_things(), Console()
     world = Scenes(things)
     prompts = held_out_prompts(world, world.attributes, world.max_len, PROMPTS)
-    ship(run, MODEL, "flux", FluxConfig, prompts)
-    shutil.copytree(demo.MODEL / "scheduler", MODEL / "scheduler", dirs_exist_ok=True)
+    ship(run, MODEL, "flux", FluxConfig, SCHEDULER, prompts)
     shipped = demo.load_prompts(PROMPTS, MODEL)
     pictures, _ = demo.sample(port(MODEL, dtype=jnp.float32), shipped, seed=0)
     found = scenes.score(things, 255 * pictures, shipped.attrs)

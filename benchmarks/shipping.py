@@ -1,4 +1,4 @@
-"""A training run as a shipped checkpoint: weights, held-out prompts, log and learning curve."""
+"""A training run as a shipped checkpoint: weights, scheduler, held-out prompts, log and curve."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ SEED = 3  # other captions than those watched while training
 
 
 def ship(
-    run: Path, folder: Path, model: str, config_class: Callable[..., Any], prompts: dict[str, Any]
+    run: Path,
+    folder: Path,
+    model: str,
+    config_class: Callable[..., Any],
+    scheduler: dict[str, Any],
+    prompts: dict[str, Any],
 ) -> None:
     """Write the averaged weights of the newest checkpoint of `run`, bfloat16, into `folder`.
 
     Args:
         run: `out` of the training.
-        folder: made if need be; `transformer/` in it is replaced, as are the prompts and the log.
+        folder: made if need be; `transformer/` in it is replaced, as are the other files.
         model: name of the network; written in the first of its export layouts.
         config_class: of the network.
+        scheduler: settings that `lowbit_jax.samplers` reads.
         prompts: see `held_out_prompts`.
     """
     config, params = load_ema(run, config_class)
@@ -38,6 +44,9 @@ def ship(
     export_diffusers(transformer, params, model, config, dtype=jnp.bfloat16)
     for name in ("log.csv", "log.png"):
         shutil.copy(run / name, folder / f"training-{name}")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps(scheduler, indent=2) + "\n")
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n")
     size = sum(path.stat().st_size for path in transformer.iterdir())
     print(f"{transformer}: {size / 1e6:.1f} MB")

@@ -19,6 +19,17 @@ from lowbit_jax.models.flux import FluxConfig, FluxTransformer, image_ids, text_
 from lowbit_jax.samplers import flow_euler
 
 SHIFT = 3.0
+SCHEDULER = {  # what diffusers is told of it
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_diffusers_version": "0.32.0",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": SHIFT,
+    "use_dynamic_shifting": False,
+}
 TOKENS = 32  # of text in the example that parameters are made with; no shape depends on it
 SAMPLE_STEPS = 20
 TEXT_WIDTH = 384

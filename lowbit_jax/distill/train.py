@@ -28,6 +28,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from lowbit_jax.distill.split import Leaves, Split, join
 
 SMOOTH = 20  # steps of the running mean of the loss that is shown and watched
+BARS = "▁▂▃▄▅▆▇█"
+FLAT = 0.05  # of the logarithm: what moves less is drawn as a line
 
 
 class DivergedError(ArithmeticError):
@@ -138,14 +140,15 @@ def fit(
     program = step_program(loss, parts.structure, parts.names, tuple(parts.trained), equal(options))
     saved, step = time.monotonic(), int(state["step"])
     with _progress(console) as bar:
-        task = bar.add_task(name, total=options.steps, completed=step, loss=float("nan"))
+        task = bar.add_task(name, total=options.steps, completed=step, loss=float("nan"), curve="")
         while step < options.steps and time.monotonic() - start < 60 * minutes:
             state, bad = program(state, parts.frozen, batches(step))
             _check_finite(np.asarray(bad), list(parts.trained), name, step)
             step += 1
             losses = np.asarray(state["losses"])[:step]
             _check_falling(losses, options, name, parts)
-            bar.update(task, completed=step, loss=float(losses[-SMOOTH:].mean()))
+            mean = float(losses[-SMOOTH:].mean())
+            bar.update(task, completed=step, loss=mean, curve=curve(losses))
             if time.monotonic() - saved > 60 * options.checkpoint_minutes:
                 kept.save(step, state)
                 saved = time.monotonic()
@@ -259,7 +262,16 @@ class _Kept:
             self._manager.close()
 
 
+def curve(losses: Float32[np.ndarray, "steps"], width: int = 16) -> str:
+    """Losses of all steps so far as a line of at most `width` bars, on a logarithmic scale."""
+    parts = np.array_split(losses, min(width, len(losses)))
+    heights = np.log(np.maximum([part.mean() for part in parts], np.finfo(np.float32).tiny))
+    low, high = heights.min(), heights.max()
+    levels = (heights - low) / max(high - low, FLAT) * (len(BARS) - 1)
+    return "".join(BARS[round(level)] for level in levels)
+
+
 def _progress(console: Console | None) -> Progress:
     columns = [*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()]
-    loss = TextColumn("loss {task.fields[loss]:.5f}")
+    loss = TextColumn("loss {task.fields[loss]:.5f} {task.fields[curve]}")
     return Progress(*columns, loss, console=console, disable=console is None)

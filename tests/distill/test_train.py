@@ -222,3 +222,12 @@ def test_a_loss_that_grows_stops_it():
         )
     with pytest.raises(ValueError, match="positive"):
         train.Options(steps=0)
+
+
+def test_the_curve_is_logarithmic():
+    falling = np.exp(-np.arange(8.0)).astype(np.float32)
+    assert train.curve(falling) == train.BARS[::-1]
+    assert train.curve(np.repeat(falling, 40), width=8) == train.BARS[::-1]
+    assert train.curve(falling[:1]) == train.BARS[0]
+    assert set(train.curve(1 + 1e-4 * falling)) == {train.BARS[0]}
+    assert train.curve(np.zeros(3, np.float32)) == 3 * train.BARS[0]

@@ -289,8 +289,9 @@ def _train(
         parts = split.split(latent.rescaled(tree), split.SCALES)
     else:
         parts = split.split(latent.latents(params, tree), split.CODES)
+    loss = velocity_loss(run)
     found = train.fit(
-        velocity_loss(run),
+        loss,
         parts,
         lambda step: data.batch(step, options.batch, options.seed),
         options,
@@ -298,8 +299,20 @@ def _train(
         about=data.digest,
         **kept,
     )
-    tree = latent.tensors(parts.join(found.trained, parts.frozen))
-    return tree, {"rung": rung, "planned": steps, "steps": found.step}
+    batch, judge = data.batch(steps, options.batch, options.seed), jax.jit(loss)
+    before, after = (
+        float(judge(parts.join(leaves, parts.frozen), batch))
+        for leaves in (parts.trained, found.trained)
+    )
+    facts = {"rung": rung, "planned": steps, "steps": found.step, "loss": [before, after]}
+    if not after < before:  # cut short while the learning rate was high
+        console.print(
+            f"{rung}: {found.step} of {steps} steps made the loss {before:.3g} no lower "
+            f"({after:.3g}): left out. A larger --budget-minutes goes on with it",
+            soft_wrap=True,
+        )
+        return tree, facts | {"left_out": True}
+    return latent.tensors(parts.join(found.trained, parts.frozen)), facts
 
 
 def _planned(folder: Path, steps: int) -> int:

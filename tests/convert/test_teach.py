@@ -10,6 +10,7 @@ from convert import teach
 from convert.port import port
 from convert.safetensors import write_safetensors
 from lowbit_jax.checkpoint import load, read_manifest
+from lowbit_jax.distill import train
 from lowbit_jax.models.flux import FLUX_DEV, abstract_params
 from lowbit_jax.quant.qtensor import QTensor, tree_bytes
 from lowbit_jax.quant.stacks import iter_layers
@@ -57,7 +58,8 @@ def teach_by(convert, tmp_path, source, prompts, monkeypatch):
 def test_codes(teach_by):
     """What is saved has the bytes of plain rounding, other codes, and runs."""
     rungs, _ = teach_by("distill")
-    assert rungs["distill"]["steps"] == 2
+    first, last = rungs["distill"]["loss"]
+    assert rungs["distill"]["steps"] == 2 and last < first
 
 
 @pytest.mark.slow
@@ -70,6 +72,23 @@ def test_blocks_and_then_scales(teach_by):
     assert rungs["reconstruct"]["steps"] == steps and rungs["scales"]["steps"] == 2
     assert all(np.array_equal(blocks[path].codes, scaled[path].codes) for path in blocks)
     assert all(not np.array_equal(blocks[path].scale, scaled[path].scale) for path in blocks)
+
+
+@pytest.mark.slow
+def test_a_training_that_helps_nothing_is_left_out(teach_by, monkeypatch):
+    """What is saved is the rung before, and the manifest says so."""
+
+    def spoil(loss, parts, *_, **options):
+        spoilt = {name: leaf + 1 for name, leaf in parts.trained.items()}
+        return train.Fit(trained=spoilt, losses=np.zeros(2, np.float32), step=1, seconds=0.0)
+
+    _, before = teach_by("feedback")
+    monkeypatch.setattr(train, "fit", spoil)
+    rungs, after = teach_by("distill")
+    lower, higher = rungs["distill"]["loss"]
+    assert rungs["distill"]["left_out"] and lower < higher
+    assert all(np.array_equal(before[path].codes, after[path].codes) for path in before)
+    assert all(np.array_equal(before[path].scale, after[path].scale) for path in before)
 
 
 def test_what_is_missing_is_said(convert, source, prompts, tmp_path, refused):

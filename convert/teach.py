@@ -121,6 +121,16 @@ def memory_bytes(
     }
 
 
+def rows_of(params: Any, tokens: int) -> int:
+    """Forwards that blocks are shown at most, where there are as many.
+
+    Args:
+        params: float parameters, or their shapes.
+        tokens: of text and picture.
+    """
+    return _most_rows(_row_bytes(params, tokens))
+
+
 def _row_bytes(params: Any, tokens: int) -> int:
     """Of what goes from block to block in one forward, in float32."""
     return 4 * tokens * params["img_in"]["kernel"].shape[-1]
@@ -190,7 +200,7 @@ def teach(job: Job, lesson: Lesson, console: Console) -> tuple[Any, dict[str, An
 
     size = min(32, len(samples))
     data = save_trajectories(lesson.folder / "trajectories", run, params, samples, size=size)
-    rows = min(_most_rows(_row_bytes(params, tokens)), len(data) * data.steps)
+    rows = min(rows_of(params, tokens), len(data) * data.steps)
     options = Feedback()
     with console.status("error feedback") as status:
         told = lambda block: status.update(f"error feedback: {block}")  # noqa: E731

@@ -130,11 +130,14 @@ def _recipe(quantizer: str, granularity: str = "channel", rotation: Any = None) 
     )
 
 
-def _sequential(shop: Workshop) -> Any:
+PLAIN, ROTATED = RECIPES["flux-1.58bit"], _recipe("least_squares", rotation="auto")
+
+
+def _sequential(shop: Workshop, recipe: Recipe) -> Any:
     return feedback_blocks(
         shop.run,
         shop.params,
-        RECIPES["flux-1.58bit"],
+        recipe,
         shop.data,
         FEEDBACK,
         rows=shop.sizes.rows,
@@ -147,15 +150,15 @@ def _feedback(shop: Workshop, recipe: Recipe) -> Any:
     return quantize(shop.params, recipe.with_feedback(FEEDBACK), grams=grams)
 
 
-def _blocks(shop: Workshop) -> Any:
+def _blocks(shop: Workshop, name: str, start: str) -> Any:
     found = reconstruct(
         shop.train_run,
         shop.params,
-        shop.rung("sequential-feedback"),
+        shop.rung(start),
         shop.data,
         shop.options(shop.sizes.block_steps, 3e-4),
         rows=shop.sizes.rows,
-        folder=shop.out / "reconstruct",
+        folder=shop.out / name,
         console=shop.console,
     )
     return found.params
@@ -183,14 +186,14 @@ def _scales(shop: Workshop) -> Any:
     return _distill(shop, "scales", tree, split.SCALES, shop.sizes.scale_steps, 3e-4)
 
 
-def _codes(shop: Workshop) -> Any:
-    tree = latent.latents(shop.params, shop.rung("sequential-feedback"))
-    return _distill(shop, "codes", tree, split.CODES, shop.sizes.code_steps, 3e-4)
+def _codes(shop: Workshop, name: str, start: str) -> Any:
+    tree = latent.latents(shop.params, shop.rung(start))
+    return _distill(shop, name, tree, split.CODES, shop.sizes.code_steps, 3e-4)
 
 
 def _codes_from_scratch(shop: Workshop) -> Any:
     """The probe's way: float weights as latent ones, least-squares scales, no rung below."""
-    plain = quantize(shop.params, RECIPES["flux-1.58bit"])
+    plain = quantize(shop.params, PLAIN)
     tree = latent.latents(shop.params, plain, exact_scale=True)
     trained = split.CODES
     return _distill(shop, "codes-only", tree, trained, shop.sizes.code_steps, 1e-3)
@@ -198,12 +201,15 @@ def _codes_from_scratch(shop: Workshop) -> Any:
 
 RUNGS: dict[str, Callable[[Workshop], Any]] = {
     "absmean": lambda shop: quantize(shop.params, _recipe("absmean", "tensor")),
-    "least-squares": lambda shop: quantize(shop.params, RECIPES["flux-1.58bit"]),
-    "feedback": lambda shop: _feedback(shop, RECIPES["flux-1.58bit"]),
-    "rotated-feedback": lambda shop: _feedback(shop, _recipe("least_squares", rotation="auto")),
-    "sequential-feedback": _sequential,
-    "reconstruct": _blocks,
+    "least-squares": lambda shop: quantize(shop.params, PLAIN),
+    "feedback": lambda shop: _feedback(shop, PLAIN),
+    "rotated-feedback": lambda shop: _feedback(shop, ROTATED),
+    "sequential-feedback": lambda shop: _sequential(shop, PLAIN),
+    "reconstruct": lambda shop: _blocks(shop, "reconstruct", "sequential-feedback"),
     "scales": _scales,
-    "codes": _codes,
+    "codes": lambda shop: _codes(shop, "codes", "sequential-feedback"),
     "codes-only": _codes_from_scratch,
+    "rotated-sequential": lambda shop: _sequential(shop, ROTATED),
+    "rotated-reconstruct": lambda shop: _blocks(shop, "rotated-reconstruct", "rotated-sequential"),
+    "rotated-codes": lambda shop: _codes(shop, "rotated-codes", "rotated-sequential"),
 }

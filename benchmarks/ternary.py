@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.console import wide_console
 from benchmarks.evidence import Bench, Outcome, Subject
-from benchmarks.evidence_report import beats, save_grid, table
+from benchmarks.evidence_report import beats, differences, save_grid, table
 from benchmarks.evidence_subjects import Amount, picture_subject
 from benchmarks.ternary_judge import Judge, Losses, with_activations
 from benchmarks.ternary_neighbours import NEIGHBOURS, as_if_stored, on_grid
@@ -30,6 +30,13 @@ from lowbit_jax.quant.recipe import RECIPES
 
 QUICK = Sizes(
     prompts=24, gram_prompts=8, rows=96, block_steps=10, scale_steps=6, code_steps=10, batch=8
+)
+# a rung of a rotated model, and of one as it is
+ROTATED = (
+    ("rotated-feedback", "feedback"),
+    ("rotated-sequential", "sequential-feedback"),
+    ("rotated-reconstruct", "reconstruct"),
+    ("rotated-codes", "codes"),
 )
 
 
@@ -130,6 +137,7 @@ def report(
     outcomes |= near
     console.print(table(outcomes, f"{options.captions} held-out captions, same noise"))
     console.print(_categories(outcomes, subject))
+    console.print(differences(outcomes, [pair for pair in ROTATED if {*pair} <= {*outcomes}]))
     console.print(_steps(rungs))
     console.print(_layers(rungs))
     save_grid(options.out / "grid.png", outcomes)

@@ -99,7 +99,7 @@ def flow_loss(velocity, params, key, images, txt, pooled) -> Float[Array, ""]:
 
 def make_sampler(velocity, steps: int = SAMPLE_STEPS):
     """`sample(params, noise [b, 64, 48], txt, pooled)`: Euler steps of the shifted schedule."""
-    sigmas = flow_euler.FlowSchedule(shift=SHIFT).sigmas(steps, 64)
+    sigmas = flow_euler.FlowSchedule.from_json(SCHEDULER).sigmas(steps, 64)
 
     @jax.jit
     def sample(params, noise, txt, pooled):

@@ -20,6 +20,7 @@ import tyro
 from rich.table import Table
 
 from benchmarks.console import wide_console
+from benchmarks.ternary_rungs import Sizes
 from convert.teach import STEPS, memory_bytes, rows_of
 from lowbit_jax.models.flux import FLUX_DEV, FluxConfig, abstract_params
 from lowbit_jax.quant.qtensor import tree_bytes
@@ -35,20 +36,15 @@ TRAINING_STEP = 4  # forwards: one, one more where blocks are computed again, tw
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How much of each rung."""
+    """How much of each rung, as the evidence has it, and on what."""
 
-    prompts: int = 512
-    """Whose trajectories of 16 steps are recorded."""
+    sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes()
     pixels: int = 1024
     """Height and width."""
     text: int = 512
     """Tokens of T5."""
-    batch: int = 1
-    """Forwards of a training step; memory grows with it."""
-    entries: int = 3200
-    """Forwards that reconstruction and scales are each trained with, 200 steps of 16."""
-    code_entries: int = 9600
-    """Forwards that codes are trained with."""
+    held: int = 16
+    """Forwards that are held at once in a training step, for memory; `--method` takes 16."""
     peak: float = 312.0
     """Of the GPU, dense bfloat16 with float32 sums, TFLOPS; an A100's."""
     share: float = 0.4
@@ -83,14 +79,15 @@ def _tokens(layer: str, text: int, image: int) -> int:
 
 def forwards(options: Options, rows: int) -> dict[str, int]:
     """Of each rung, without those below it."""
+    sizes = options.sizes
     return {
-        "trajectories": options.prompts * STEPS,
+        "trajectories": sizes.prompts * STEPS,
         # through every block once for X^T X and once quantised
         "feedback": 2 * rows,
         # what the float blocks give, what the quantised ones do before and after, training
-        "reconstruct": 2 * rows + TRAINING_STEP * options.entries,
-        "scales": TRAINING_STEP * options.entries,
-        "distill": TRAINING_STEP * options.code_entries,
+        "reconstruct": 2 * rows + TRAINING_STEP * sizes.block_steps * sizes.batch,
+        "scales": TRAINING_STEP * sizes.scale_steps * sizes.batch,
+        "distill": TRAINING_STEP * sizes.code_steps * sizes.batch,
     }
 
 
@@ -103,9 +100,9 @@ def main(options: Options) -> dict[str, float]:
     packed = jax.eval_shape(lambda tree: quantize(tree, RECIPES["flux-1.58bit"]), params)
     memory: dict[str, int] = {"trajectories": tree_bytes(params)}
     for method in ("scales", "distill"):  # their rungs are all there are
-        memory |= memory_bytes(params, tree_bytes(packed), method, options.batch, tokens)
+        memory |= memory_bytes(params, tree_bytes(packed), method, options.held, tokens)
     seconds = flops / (options.peak * 1e12 * options.share)
-    counts = forwards(options, rows_of(params, tokens))
+    counts = forwards(options, min(options.sizes.rows, rows_of(params, tokens)))
     table = Table(
         title=f"FLUX.1-dev, {options.pixels} x {options.pixels}", box=None, pad_edge=False
     )

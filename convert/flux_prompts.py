@@ -17,9 +17,9 @@ from rich.progress import track
 from convert.checkpoint_files import open_checkpoint
 from convert.job import Job, plan
 from convert.pipeline import find_pipeline
-from convert.port import float_params
-from convert.prompts import Prompts, TextEncoder, minilm, read_prompts
-from lowbit_jax.models.registry import MODELS
+from convert.port import port
+from convert.prompts import PromptEncoder, Prompts, minilm, read_prompts
+from lowbit_jax.models.registry import build
 from lowbit_jax.pipelines import folder as folders
 from lowbit_jax.pipelines.flux_programs import pooled_vector, text_states
 from lowbit_jax.pipelines.flux_text import CLIP, T5, FluxTokenizers, text_length
@@ -59,7 +59,7 @@ def find_encoders(source: Path) -> Path | None:
     return None
 
 
-def pipeline_encoder(folder: Path, tokens: int) -> TextEncoder:
+def pipeline_encoder(folder: Path, tokens: int) -> PromptEncoder:
     """The two text encoders of a pipeline as one; they are read when they are called.
 
     One is in memory at a time, and one prompt goes through it at a time.
@@ -77,7 +77,7 @@ def pipeline_encoder(folder: Path, tokens: int) -> TextEncoder:
         pooled = _run(folder / CLIP, pooled_vector, ids[CLIP])
         return _run(folder / T5, text_states, ids[T5]), pooled
 
-    return TextEncoder(encode)
+    return PromptEncoder(encode)
 
 
 def _config(folder: Path) -> Any:
@@ -88,9 +88,8 @@ def _config(folder: Path) -> Any:
 def _run(
     folder: Path, program: Callable[..., jax.Array], ids: Int32[np.ndarray, "p t"]
 ) -> Float32[np.ndarray, "p ..."]:
-    with open_checkpoint(folder) as checkpoint:
-        job = plan(checkpoint, RECIPES["float"])
-        params, model = float_params(job, DTYPE), MODELS[job.model].module(job.config, DTYPE)
+    saved = port(folder, dtype=DTYPE)
+    model = build(saved.model, saved.config, DTYPE)
     console = Console(stderr=True)
     rows = track(
         ids,
@@ -100,5 +99,5 @@ def _run(
         disable=not console.is_terminal,
     )
     return np.concatenate(
-        [np.asarray(program(model, params, row[None]), np.float32) for row in rows]
+        [np.asarray(program(model, saved.params, row[None]), np.float32) for row in rows]
     )

@@ -32,7 +32,8 @@ class Prompts:
         txt: states of the text encoder.
         mask: False where `txt` is padding.
         pooled: a vector of the whole prompt; None for models that take none.
-        negative: states and mask of what guidance leads away from; None where the file has none.
+        negative: states and mask of what guidance leads away from; None where the file has none,
+            and of text for models that take a pooled vector.
     """
 
     txt: Float32[np.ndarray, "p t k"]
@@ -44,7 +45,7 @@ class Prompts:
         return len(self.txt)
 
 
-class TextEncoder(NamedTuple):
+class PromptEncoder(NamedTuple):
     """What text is encoded by.
 
     Attributes:
@@ -56,14 +57,14 @@ class TextEncoder(NamedTuple):
     width: int | None = None
 
 
-def minilm(tokens: int = MINILM_TOKENS) -> TextEncoder:
+def minilm(tokens: int = MINILM_TOKENS) -> PromptEncoder:
     """MiniLM, which the small models of this project are trained with; states of `tokens`."""
     loaded = cache(load_minilm)  # when it is first called, and not before
-    return TextEncoder(lambda texts: loaded()(texts, tokens), width=384)
+    return PromptEncoder(lambda texts: loaded()(texts, tokens), width=384)
 
 
 def read_prompts(
-    path: Path, *, context: int, pooled: int | None = None, encoder: TextEncoder
+    path: Path, *, context: int, pooled: int | None = None, encoder: PromptEncoder
 ) -> Prompts:
     """Read prompts; text is encoded, and "" for `negative` where the model takes no pooled vector.
 
@@ -122,7 +123,7 @@ def _lines(path: Path, what: str) -> list[tuple[int, str]]:
     return lines
 
 
-def _encode(path: Path, context: int, pooled: int | None, encoder: TextEncoder) -> Prompts:
+def _encode(path: Path, context: int, pooled: int | None, encoder: PromptEncoder) -> Prompts:
     lines = [line for _, line in _lines(path, "prompts")]
     widths = [width for width in (context, pooled) if width is not None]
     if encoder.width is not None and any(width != encoder.width for width in widths):

@@ -94,14 +94,15 @@ def memory_bytes(
     """
     floats = tree_bytes(params)
     stacks = [params[name] for name in ("double_blocks", "single_blocks") if name in params]
-    kernels = _kernels(stacks)
+    shapes = _kernel_shapes(stacks)
+    kernels = [shape[-2:] for shape in shapes]
     blocks = [
         sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(segment))
         for stack in stacks
         for segment in stack.values()
     ]
     every = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stacks))
-    outputs = sum(math.prod(shape) // shape[-2] for shape in _kernels(stacks, whole=True))
+    outputs = sum(math.prod(shape) // shape[-2] for shape in shapes)
     layers = sum(len(jax.tree.leaves(s)[0]) for stack in stacks for s in stack.values())
     width = max(n for _, n in kernels) + max(k for k, _ in kernels)
     activations = 4 * batch * tokens * width * 2  # of one block, forward and backward
@@ -115,7 +116,7 @@ def memory_bytes(
         "scales": quantized + 32 * outputs + layers * batch * row + activations,
         "distill": floats + 16 * every + layers * batch * row + activations,
     }
-    grams = max(sum(8 * k * k for k, _ in _kernels(stack)) for stack in stacks)
+    grams = max(sum(8 * shape[-2] ** 2 for shape in _kernel_shapes(stack)) for stack in stacks)
     return {rung: device[rung] for rung in RUNGS[method]} | {
         "on the host or on disk (X^T X of a block, activations)": grams + 4 * _most_rows(row) * row
     }
@@ -141,11 +142,10 @@ def _most_rows(row: int) -> int:
     return max(1, min(ROWS, int(ACTIVATIONS / (4 * row))))
 
 
-def _kernels(tree: Any, whole: bool = False) -> list[tuple[int, ...]]:
-    """(k, n) of every kernel, of a stack once; or its whole shape."""
+def _kernel_shapes(tree: Any) -> list[tuple[int, ...]]:
+    """Of every kernel, [l k n] of a stack."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    shapes = [leaf.shape for path, leaf in flat if path[-1].key == "kernel"]
-    return shapes if whole else [shape[-2:] for shape in shapes]
+    return [leaf.shape for path, leaf in flat if path[-1].key == "kernel"]
 
 
 def write_taught(

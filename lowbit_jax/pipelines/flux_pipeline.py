@@ -268,20 +268,18 @@ class FluxPipeline:
         new = [p for p in dict.fromkeys(prompts) if (p, max_length) not in self._texts]
         if new:
             ids = self._tokenizers(new, max_length, self.report)
-            pooled = self._encode_all(flux_text.CLIP, pooled_vector, ids, progress)
-            states = self._encode_all(flux_text.T5, text_states, ids, progress)
+            pooled = self._encode_all(flux_text.CLIP, pooled_vector, ids[flux_text.CLIP], progress)
+            states = self._encode_all(flux_text.T5, text_states, ids[flux_text.T5], progress)
             for prompt, *both in zip(new, pooled, states, strict=True):
                 self._texts[prompt, max_length] = TextStates(*both)
         return [self._texts[prompt, max_length] for prompt in prompts]
 
-    def _encode_all(
-        self, name: str, encode: Callable, ids: dict[str, np.ndarray], progress: Progress
-    ) -> list:
-        part, rows = self._load(name, progress), ids[name]
+    def _encode_all(self, name: str, encode: Callable, ids: np.ndarray, progress: Progress) -> list:
+        part = self._load(name, progress)
         found = []
-        for index, row in enumerate(rows):
+        for index, row in enumerate(ids):
             found.append(encode(part.model, part.params, row[None]))
-            progress(name, index + 1, len(rows))
+            progress(name, index + 1, len(ids))
         jax.block_until_ready(found)
         self._release(name)
         return found

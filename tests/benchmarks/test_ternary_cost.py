@@ -31,5 +31,5 @@ def test_flux_dev():
     """Twice the parameters of the blocks' token-wise linears times tokens, and attention."""
     found = ternary_cost.forward_flops(abstract_params(FLUX_DEV), FLUX_DEV, 512, 4096)
     assert 70e12 < found < 80e12
-    hours = ternary_cost.main(ternary_cost.Options(prompts=8))
+    hours = ternary_cost.main(ternary_cost.Options())
     assert hours["distill"] == pytest.approx(3 * hours["scales"])
